@@ -1,0 +1,35 @@
+# Everything from an empty clone: needs make and Python 3.11 or later.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+BIN := .venv/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: serve test lint bench clean
+
+serve: .venv/.serve  ## make serve ARGS="--port 9000"
+	@exec $(BIN)/penstock serve $(ARGS)
+
+test: .venv/.dev  ## make test ARGS="-k discovery"
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.dev  ## make bench ARGS="--quick"
+	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two stamps, renewed when what is to be installed changes: to serve, and to work on penstock.
+.venv/.serve: pyproject.toml constraints.txt
+	@echo "Setting up .venv with $(PYTHON); torch is large, the first time takes minutes."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --editable '.[torch]'
+	@touch $@
+
+.venv/.dev: .venv/.serve
+	@$(PIP) --editable '.[torch,dev]'
+	@touch $@
