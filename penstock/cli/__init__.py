@@ -1,0 +1,229 @@
+"""The `penstock` command: what can be asked of it, and in which words it refuses.
+
+    serve      everything on this machine, in one command
+    worker     one more worker for a server that runs
+    frontend   the HTTP side alone; `serve` starts it, and so can an orchestrator
+
+Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
+What is heavy is imported inside the commands, so that `penstock --help` is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from penstock import __version__
+from penstock.cli import process, sockets
+from penstock.cli.model import find_model
+from penstock.cluster import Role
+from penstock.config import (
+    EngineSettings,
+    FleetSettings,
+    FrontendConfig,
+    KvSettings,
+    ListenSettings,
+    Secrets,
+    ServeConfig,
+    WorkerConfig,
+)
+from penstock.errors import SetupError
+
+app = App(
+    name="penstock",
+    help="Serves large language models with prefill and decode on separate workers.",
+    version=__version__,
+    default_parameter=Parameter(show_default=lambda default: str(default) if default else None),
+)
+
+Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
+Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
+Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Descriptor = Annotated[int | None, Parameter(show=False)]  # of a socket that `serve` has bound
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command line, by default that of this process; returns at its end or exits."""
+    process.end_with_parent()
+    try:
+        app(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
+    except (CycloptsError, SetupError) as error:
+        process.refuse(error)
+    except BaseExceptionGroup as errors:
+        refusals, others = errors.split(SetupError)
+        if refusals is None or others is not None:
+            raise
+        process.refuse(refusals)
+    except KeyboardInterrupt:  # before the command was ready for it
+        sys.exit(130)
+
+
+@app.command
+def serve(
+    model: str = "",
+    /,
+    *,
+    model_name: str = "",
+    fleet: Fleet = FleetSettings(),
+    listen: Listen = ListenSettings(),
+    engine: Engine = EngineSettings(),
+    kv: Kv = KvSettings(),
+    discovery: str = "",
+    ask: bool = True,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Serve a model on this machine: a frontend, prefill workers and decode workers, each a process of its own.
+
+    Ctrl-C or SIGTERM lets running requests end and stops everything; a second one does not wait for them.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face folder, or a hub id such as org/name; by default the bundled demo model.
+    model_name
+        What clients call the model; by default the folder's name or the hub id.
+    discovery
+        Where workers that join are listed for other frontends too, as file:FOLDER.
+    ask
+        Ask the model one question at the start, and show where the time went.
+    as_json
+        Print what happens as one JSON object a line, for scripts.
+    log_level
+        The least serious messages to print on standard error.
+    """
+    from penstock.cli.report import Printer, print_json
+    from penstock.cli.serve import serve as serve_until_stopped
+
+    listen = replace(listen, api_key=process.api_key(listen.api_key))
+    token, is_new = process.token_or_new()
+    config = ServeConfig(
+        model=find_model(model, model_name),
+        secrets=Secrets(token, listen.api_key),
+        fleet=fleet,
+        listen=listen,
+        engine=engine,
+        kv=kv,
+        leases=leases_folder(discovery),
+        ask=ask,
+        log_level=log_level,
+    )
+    process.log_to_stderr("serve", log_level)
+    with nullcontext(print_json) if as_json else Printer(token if is_new else "") as report:
+        asyncio.run(serve_until_stopped(config, report))
+
+
+@app.command
+def worker(
+    model: str = "",
+    /,
+    *,
+    join: str = "",
+    role: Role = "any",
+    name: str = "",
+    model_name: str = "",
+    host: str = "",
+    engine: Engine = EngineSettings(),
+    kv: Kv = KvSettings(),
+    discovery: str = "",
+    log_level: LogLevel = "warning",
+) -> None:
+    """Add a worker to a running server; needs PENSTOCK_TOKEN, which `penstock serve` prints.
+
+    Parameters
+    ----------
+    model
+        The folder or hub id of the model that the server serves; by default the bundled demo model.
+    join
+        HOST:PORT of the server's registry, which `penstock serve` prints.
+    role
+        What it should rather do; any worker can prefill and decode.
+    name
+        What others call this worker; by default made from the host's name and the process id.
+    model_name
+        What clients call the model; by default the folder's name or the hub id.
+    host
+        The address at which other processes reach this worker; by default the one that leads to --join.
+    discovery
+        Instead of --join: the list of workers that the frontends read, as file:FOLDER.
+    log_level
+        The least serious messages to print on standard error.
+    """
+    if bool(join) == bool(discovery):
+        raise SetupError("a worker needs --join HOST:PORT or --discovery file:FOLDER, and not both")
+    name = name or process.unique_name()
+    process.log_to_stderr(name, log_level)
+    config = WorkerConfig(
+        name=name,
+        role=role,
+        model=find_model(model, model_name),
+        secrets=Secrets(process.token()),
+        join=join,
+        leases=leases_folder(discovery),
+        host=host or sockets.address_towards(join),
+        engine=engine,
+        kv=kv,
+    )
+    from penstock.cli.wiring import run_worker
+
+    process.run(run_worker(config))
+
+
+@app.command
+def frontend(
+    model: str = "",
+    /,
+    *,
+    model_name: str = "",
+    listen: Listen = ListenSettings(),
+    discovery: str = "",
+    http_fd: Descriptor = None,
+    join_fd: Descriptor = None,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Serve HTTP, and the registry that workers join; needs PENSTOCK_TOKEN, which these workers need too.
+
+    Parameters
+    ----------
+    model
+        The folder or hub id of the model, for its tokenizer; by default the bundled demo model.
+    model_name
+        What clients call the model; by default the folder's name or the hub id.
+    discovery
+        Where workers are listed, if several frontends share them, as file:FOLDER.
+    log_level
+        The least serious messages to print on standard error.
+    """
+    process.log_to_stderr("frontend", log_level)
+    listen = replace(listen, api_key=process.api_key(listen.api_key))
+    config = FrontendConfig(
+        model=find_model(model, model_name),
+        secrets=Secrets(process.token(), listen.api_key),
+        leases=leases_folder(discovery),
+    )
+    if http_fd is None or join_fd is None:
+        http, registry = sockets.listen_at_both(listen)
+    else:
+        http, registry = sockets.adopt(http_fd), sockets.adopt(join_fd)
+    from penstock.cli.wiring import run_frontend
+
+    process.run(run_frontend(config, http, registry))
+
+
+def leases_folder(discovery: str) -> Path | None:
+    """The folder of `file:FOLDER`, None for nothing. Raises SetupError for anything else."""
+    scheme, _, folder = discovery.partition(":")
+    if not discovery:
+        return None
+    if scheme != "file" or not folder:
+        raise SetupError(f"--discovery {discovery} is not known: write file:FOLDER")
+    return Path(folder).resolve()

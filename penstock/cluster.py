@@ -1,0 +1,79 @@
+"""Who takes part: workers, what they are, how loaded they say they are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from penstock.blocks import KvLayout
+from penstock.request import Hop
+
+Role = Literal["prefill", "decode", "any"]  # a preference: any worker can do either phase
+ROLES: tuple[Role, ...] = ("prefill", "decode", "any")
+
+
+class Load(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker's own report. Counters grow from its start; `at_s` is its own clock, good for intervals only."""
+
+    at_s: float = 0.0
+    steps: int = 0  # progress: a worker that has work and whose steps stand still is stalled
+    waiting: int = 0  # sequences queued for their first chunk, prefill jobs of others included
+    running: int = 0  # sequences decoding
+    queued_tokens: int = 0  # prompt tokens waiting to be computed here
+    blocks: int = 0
+    free_blocks: int = 0  # free or evictable
+    leased_blocks: int = 0
+    quarantined_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0  # 0: not measured yet
+    decode_step_s: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    handoffs: int = 0  # hand-overs received
+    handoff_failures: int = 0
+    in_place_bytes: int = 0  # KV handed over without a copy
+    copied_bytes: int = 0
+    loop_delay_p99_s: float = 0.0  # how late the event loop runs timers
+
+
+class Member(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker as it announces itself. `epoch` differs between incarnations of one name.
+
+    Workers with equal, non-empty `memory` can map each other's host memory.
+    """
+
+    worker: str
+    epoch: int
+    role: Role
+    model: str
+    addresses: tuple[str, ...]
+    layout: KvLayout
+    blocks: int
+    max_context_tokens: int
+    memory: str = ""
+    pid: int = 0
+    engine: str = ""
+    supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES
+    labels: dict[str, str] = {}
+
+    @property
+    def hop(self) -> Hop:
+        return Hop(self.worker, self.epoch, self.addresses)
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A member with its last report, as discovery hands it to a router."""
+
+    member: Member
+    load: Load = Load()
+    draining: bool = False
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """A model that live workers serve: what a frontend must know to check a request."""
+
+    name: str
+    max_context_tokens: int  # prompt and output share it; the least of the workers that serve the model
+    supports: tuple[str, ...] = ()

@@ -1,0 +1,205 @@
+"""Settings, as the commands take them: parsed once, at the edge, and handed down in small pieces.
+
+Field names are the flags of `penstock` and field docstrings their help. What an engine can be told is its own
+`Options`; the common ones have flags here, and a key that the engine does not know stops the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from penstock.cluster import Role
+from penstock.errors import SetupError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Which engine computes, and what it is told. What is not set is the engine's choice."""
+
+    engine: str = "embedded"
+    """embedded: the model itself, on torch. simulated: modelled time and made-up tokens, no torch."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; CUDA is used where there is one."""
+
+    dtype: str | None = None
+    """float32, bfloat16, ...; by default float32 on the CPU, elsewhere the model's own."""
+
+    threads: int | None = None
+    """CPU threads of one worker's steps; by default the workers of `serve` share the cores."""
+
+    block_tokens: int | None = None
+    """Tokens in one KV block."""
+
+    max_context_tokens: int | None = None
+    """The longest prompt and output together; by default what the model was made for."""
+
+    engine_option: dict[str, str] = field(default_factory=dict)
+    """Anything else the engine can be told, as --engine-option.NAME VALUE."""
+
+    def values(self) -> dict[str, str]:
+        """What was set, by the names of the engine's options."""
+        named = {name: getattr(self, name) for name in _ENGINE_FLAGS}
+        return self.engine_option | {name: str(value) for name, value in named.items() if value is not None}
+
+
+_ENGINE_FLAGS = ("device", "dtype", "threads", "block_tokens", "max_context_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class KvSettings:
+    """A worker's KV cache."""
+
+    kv_gib: float = 0.0
+    """GiB of KV cache for each worker; 0 is room for a few full contexts."""
+
+    @property
+    def kv_bytes(self) -> int:
+        return int(self.kv_gib * (1 << 30))
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """How many workers of which role; a role is a preference, any worker can do both."""
+
+    prefill: int | None = None
+    """Workers that prefer to prefill; 1 by default."""
+
+    decode: int | None = None
+    """Workers that prefer to decode; 1 by default."""
+
+    workers: int | None = None
+    """Instead of the two: workers that do both."""
+
+    def roles(self) -> dict[str, Role]:
+        """Role by worker name. Raises SetupError for counts that contradict each other."""
+        if self.workers is not None and (self.prefill is not None or self.decode is not None):
+            raise SetupError("--workers K replaces --prefill and --decode: give one or the others")
+        either = 0 if self.workers is None else self.workers
+        each = 1 if self.workers is None else 0
+        counts: list[tuple[str, Role, int]] = [
+            ("prefill", "prefill", each if self.prefill is None else self.prefill),
+            ("decode", "decode", each if self.decode is None else self.decode),
+            ("worker", "any", either),
+        ]
+        if any(count < 0 for _, _, count in counts) or not any(count for _, _, count in counts):
+            raise SetupError("a server needs at least one worker: check --prefill, --decode and --workers")
+        return {f"{name}-{index}": role for name, role, count in counts for index in range(count)}
+
+
+@dataclass(frozen=True, slots=True)
+class ListenSettings:
+    """Where clients and workers connect. Anything beyond loopback needs a key."""
+
+    host: str = "127.0.0.1"
+    """Address for clients."""
+
+    port: int = 8000
+    """Port for clients; 0 takes a free one."""
+
+    api_key: str = field(default="", repr=False)
+    """What clients must send as their key. Better set PENSTOCK_API_KEY: command lines can be seen by others."""
+
+    join_host: str = "127.0.0.1"
+    """Address for workers that join; they need PENSTOCK_TOKEN."""
+
+    join_port: int | None = None
+    """Port for workers that join; by default the next after --port."""
+
+    def join_port_after(self, http_port: int) -> int:
+        if self.join_port is not None:
+            return self.join_port
+        return http_port + 1 if self.port else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on this disk, and what clients call it. `arguments` make another command find the same one."""
+
+    folder: Path
+    name: str
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """`token` opens every plane between processes, `api_key` the HTTP API; an empty key lets everybody in."""
+
+    token: str = field(repr=False)
+    api_key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted."""
+
+    model: Model
+    secrets: Secrets
+    fleet: FleetSettings
+    listen: ListenSettings
+    engine: EngineSettings
+    kv: KvSettings
+    leases: Path | None
+    ask: bool
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """All that the process of a worker is told. Exactly one of `join` and `leases` is set.
+
+    `join` is the HOST:PORT of a frontend's registry, `leases` the folder of a file discovery; `host` is the address
+    at which other processes reach this worker.
+    """
+
+    name: str
+    role: Role
+    model: Model
+    secrets: Secrets
+    join: str
+    leases: Path | None
+    host: str
+    engine: EngineSettings
+    kv: KvSettings
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendConfig:
+    """All that the process of a frontend is told, beside the two sockets it is given.
+
+    Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
+    """
+
+    model: Model
+    secrets: Secrets
+    leases: Path | None
+
+
+def parse(kind: type[T], values: Mapping[str, object], what: str) -> T:
+    """The frozen options `kind` from `values`, texts read as numbers where numbers are wanted.
+
+    `what` names their owner to people. Raises SetupError for an unknown key or a value that does not fit.
+    """
+    known = [option.name for option in fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise SetupError(f"{what} has no option {key!r}{suggestion(key, known)}: it has {', '.join(known)}")
+    try:
+        return msgspec.convert(dict(values), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise SetupError(f"an option of {what} does not fit: {error}") from error
+
+
+def suggestion(misspelt: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)` if something known looks like it, else nothing."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(misspelt, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

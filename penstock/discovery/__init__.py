@@ -1,0 +1,1 @@
+"""Who is there: the port (`api`) and one file per backend."""

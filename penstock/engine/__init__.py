@@ -1,0 +1,1 @@
+"""Compute: the port every engine meets (`api`) and one file per engine."""

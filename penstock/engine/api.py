@@ -1,0 +1,89 @@
+"""The port of engines that penstock schedules: one call computes one step.
+
+The worker decides what a step contains, which blocks it reads and writes and when it happens; an engine does the
+arithmetic. It never sees requests, leases or peers. Engines with a scheduler of their own (vLLM, SGLang) will meet a
+port at the level of whole sequences instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.blocks import BlockId, KvLayout, Region
+from penstock.request import Sampling, Token
+
+FEATURES = ("logprobs", "sampling")  # what an engine may lack; requests that need it are refused with a 400
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a worker must know of its engine."""
+
+    name: str
+    model: str
+    layout: KvLayout
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+    device: str  # "cpu", "cuda:0"
+    shares_memory: bool  # KV lives in host memory that other processes can map
+    supports: tuple[str, ...] = FEATURES
+    kv_room_bytes: int = 0  # what its device has left for KV once the model is loaded; 0: host memory, ask the host
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one sequence contributes to a step: `tokens`, the first of them at position `start`.
+
+    `blocks` is its block table, long enough for `start + len(tokens)` tokens. Positions before `start` have been
+    computed; the engine writes KV of the rest into the table's blocks, and no other byte of the region.
+    With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[BlockId]
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass over slices whose blocks all lie in one region."""
+
+    region: Region
+    slices: Sequence[Slice]
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", sum(len(s.tokens) for s in self.slices))
+
+
+class Engine(Protocol):
+    """Used as `async with engine:`; entering loads the model. One step at a time."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Known before entering, but for `kv_room_bytes`."""
+        ...
+
+    async def __aenter__(self) -> Engine: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def attach(self, region: Region) -> None:
+        """Prepares to compute in `region`: the worker's own, or a peer's mapped in place. Idempotent by `key`."""
+        ...
+
+    def detach(self, key: tuple[str, int]) -> None:
+        """Lets go of a region so that it can be unmapped. Unknown keys are ignored."""
+        ...
+
+    async def step(self, step: Step) -> list[Token | None]:
+        """One token for each slice with `sampling`, else None, in order.
+
+        Cancelling the await does not stop the computation: the caller shields it and waits, since the memory is
+        being written until it returns. Raises EngineFailed.
+        """
+        ...

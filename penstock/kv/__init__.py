@@ -1,0 +1,1 @@
+"""KV memory: who holds which block. Pure bookkeeping; bytes are moved by `transport`."""

@@ -1,0 +1,1 @@
+"""Starting and stopping workers: the port (`api`) and one file per backend."""

@@ -1,0 +1,1 @@
+"""Decisions: pure functions of facts, `now` and a seed. No clock, no I/O, no logging."""

@@ -1,0 +1,97 @@
+"""What is asked, what comes back, and where the time went. Everything here crosses process boundaries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How output tokens are chosen. Randomness is a function of (seed, choice, position) alone."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # in (0, 1]
+    top_k: int = 0  # 0 keeps all
+    seed: int = 0  # the frontend draws one where the client gave none
+    choice: int = 0  # index among the choices of one request
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n: the chosen token's and the n likeliest
+
+
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One sequence to generate, as it travels from the frontend to a decode worker."""
+
+    id: str
+    model: str
+    prompt: list[int]
+    sampling: Sampling
+    timeout_s: float = 600.0  # from arrival at the frontend; an interval, since clocks of hosts differ
+    salt: str = ""  # keeps the cached blocks of tenants apart
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """One output token. Log probabilities are natural logs of the model's own distribution."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Hop(msgspec.Struct, frozen=True, array_like=True):
+    """A worker as another one must know it to call it. `epoch` is its incarnation."""
+
+    worker: str
+    epoch: int
+    addresses: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the router decided. `prefill` lists whom the decode worker should call, best first; none: itself.
+
+    `prefill_wait_s` is how long the first of them was expected to be busy with others.
+    """
+
+    decode: str
+    prefill: tuple[Hop, ...] = ()
+    prefill_wait_s: float = 0.0
+    why: str = ""
+
+
+class Timeline(msgspec.Struct, omit_defaults=True):
+    """What happened to one sequence. Times are seconds after its arrival at the frontend, `None`: not reached.
+
+    The decode worker fills its part relative to arrival there; the frontend shifts it by `reached_worker_s`.
+    """
+
+    decode_worker: str = ""
+    prefill_worker: str = ""
+    path: str = ""  # how prefilled KV reached the decode worker: "local", "in-place"
+    why: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0  # prompt tokens computed, by whomever; more than once if retried
+    moved_tokens: int = 0  # prompt tokens whose KV another worker made
+    copied_bytes: int = 0  # bytes of KV that the hand-over copied
+    output_tokens: int = 0
+    prefill_attempts: int = 0
+    preemptions: int = 0
+    reached_worker_s: float | None = None
+    prefill_started_s: float | None = None  # end of queueing
+    prefill_ended_s: float | None = None  # end of the last chunk
+    first_token_s: float | None = None
+    decoding_s: float | None = None  # end of the first decode step that read the handed-over KV
+    ended_s: float | None = None
+    failures: list[str] = []  # what was tried and failed on the way
+
+
+class Finish(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The end of one sequence. `stop_token` is the token id that ended it, if one did."""
+
+    reason: FinishReason
+    timeline: Timeline
+    stop_token: int | None = None

@@ -1,0 +1,1 @@
+"""Moving KV: the port (`api`) and one file per backend."""

@@ -1,0 +1,1 @@
+"""Messages between processes: the port (`api`) and one file per backend."""
