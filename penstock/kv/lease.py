@@ -1,0 +1,146 @@
+"""Leases: blocks that another worker may write, and when they may be used again.
+
+    reserved --wrote--> receiving --commit--> committed      the sequence owns the blocks now
+        \\                   \\
+         +-------------------+---abort, lapse---> aborted    the blocks go to quarantine until the writer has
+                                                             confirmed that it stopped, or is known to be gone
+
+A store through a mapping cannot be called back by a message. So memory that a peer may still write is never reused:
+an aborted lease keeps its blocks until `settle` (the writer confirmed) or `writer_gone` (its process ended).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from penstock.blocks import BlockId
+from penstock.errors import LeaseLost
+from penstock.kv.prefix_cache import PrefixCache
+
+LeaseState = Literal["reserved", "receiving", "committed", "aborted"]
+
+
+@dataclass(slots=True)
+class Lease:
+    """Blocks lent to `writer` ("worker:epoch"). Only `LeaseTable` changes it."""
+
+    id: int
+    writer: str
+    needed_blocks: int  # for the whole prompt, beyond the cached prefix
+    opened_s: float
+    renewed_s: float
+    state: LeaseState = "reserved"
+    blocks: list[BlockId] = field(default_factory=list)
+    aborted_s: float = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in ("reserved", "receiving")
+
+
+class LeaseTable:
+    """All leases on one worker's region. Silence of `lease_s` aborts. Owned by the decode worker."""
+
+    def __init__(self, cache: PrefixCache, lease_s: float) -> None:
+        self._cache = cache
+        self._lease_s = lease_s
+        self._next_id = 1
+        self._open: dict[int, Lease] = {}
+        self._aborted: dict[int, Lease] = {}
+
+    @property
+    def leased_blocks(self) -> int:
+        return sum(len(lease.blocks) for lease in self._open.values())
+
+    @property
+    def promised_blocks(self) -> int:
+        """Blocks that open leases may still grow by: new work must leave them alone."""
+        return sum(max(0, lease.needed_blocks - len(lease.blocks)) for lease in self._open.values())
+
+    def open(self, now: float, writer: str, needed_blocks: int) -> Lease:
+        """A lease without blocks yet; `grow` it."""
+        lease = Lease(self._next_id, writer, needed_blocks, opened_s=now, renewed_s=now)
+        self._next_id += 1
+        self._open[lease.id] = lease
+        return lease
+
+    def grow(self, now: float, lease_id: int, total_blocks: int) -> Sequence[BlockId]:
+        """Lends blocks until the lease has `total_blocks`; returns all of them, so a repeated request is harmless.
+
+        Raises LeaseLost, or OutOfBlocks if the cache has too few.
+        """
+        lease = self._renew(now, lease_id)
+        missing = min(total_blocks, lease.needed_blocks) - len(lease.blocks)
+        if missing > 0:
+            lease.blocks += self._cache.take(missing)
+        return lease.blocks
+
+    def wrote(self, now: float, lease_id: int) -> None:
+        """The writer has begun to write, or goes on. Raises LeaseLost."""
+        self._renew(now, lease_id).state = "receiving"
+
+    def touch(self, now: float, lease_id: int) -> None:
+        """The writer is alive. Raises LeaseLost."""
+        self._renew(now, lease_id)
+
+    def commit(self, now: float, lease_id: int) -> list[BlockId]:
+        """All is written: the caller owns the blocks, with one reference each. Raises LeaseLost."""
+        lease = self._renew(now, lease_id)
+        del self._open[lease_id]
+        lease.state = "committed"
+        return lease.blocks
+
+    def abort(self, now: float, lease_id: int) -> None:
+        """Nothing under this lease counts any more. Idempotent; no effect on a committed lease."""
+        lease = self._open.pop(lease_id, None)
+        if lease is None:
+            return
+        lease.state = "aborted"
+        lease.aborted_s = now
+        if lease.blocks:
+            self._cache.quarantine(lease.blocks)
+            self._aborted[lease_id] = lease
+
+    def lapse(self, now: float) -> list[Lease]:
+        """Aborts leases of which nothing was heard for `lease_s`, and returns them."""
+        silent = [lease for lease in self._open.values() if now - lease.renewed_s > self._lease_s]
+        for lease in silent:
+            self.abort(now, lease.id)
+        return silent
+
+    def youngest_open(self) -> Lease | None:
+        """The lease whose loss costs least: the last one opened."""
+        return next(reversed(self._open.values()), None)
+
+    def settle(self, lease_id: int) -> None:
+        """The writer confirmed that it has stopped writing: an aborted lease's blocks are free again. Idempotent."""
+        lease = self._aborted.pop(lease_id, None)
+        if lease is not None:
+            self._cache.readmit(lease.blocks)
+
+    def writer_gone(self, writer: str) -> None:
+        """No process can write for `writer` any more."""
+        for lease in self.aborted_by(writer):
+            self.settle(lease.id)
+
+    def aborted_by(self, writer: str) -> list[Lease]:
+        """Leases of `writer` in quarantine."""
+        return [lease for lease in self._aborted.values() if lease.writer == writer]
+
+    def in_quarantine(self) -> Iterable[Lease]:
+        return self._aborted.values()
+
+    def _renew(self, now: float, lease_id: int) -> Lease:
+        lease = self._open.get(lease_id)
+        if lease is None:
+            raise LeaseLost(f"lease {lease_id} is not open here: it lapsed, was aborted or is committed already")
+        if now - lease.renewed_s > self._lease_s:
+            self.abort(now, lease_id)
+            raise LeaseLost(
+                f"lease {lease_id} of {lease.writer} lapsed after {now - lease.renewed_s:.1f} s of silence; "
+                "prefill again, or raise kv.lease_s"
+            )
+        lease.renewed_s = now
+        return lease

@@ -1,0 +1,104 @@
+"""What the next step computes: running sequences first, then waiting ones, while tokens and blocks last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one step. A step of `step_tokens` should take no longer than an acceptable gap between tokens."""
+
+    step_tokens: int = 512
+    max_running: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A sequence that has tokens to compute. `blocks` are held already; `may_take` says whether it can get more."""
+
+    pending_tokens: int  # 1 while decoding
+    computed_tokens: int
+    blocks: int
+    may_take: bool = True  # False: its blocks are granted by somebody else
+
+
+@dataclass(slots=True)
+class Batch:
+    """Indices into `running` and `waiting`. `admit` and `advance` come with the number of tokens to compute."""
+
+    advance: list[tuple[int, int]] = field(default_factory=list)
+    admit: list[tuple[int, int]] = field(default_factory=list)
+    preempt: list[int] = field(default_factory=list)
+    starved: bool = False  # somebody who runs could not get a block
+
+
+def plan_step(
+    running: Sequence[Want],
+    waiting: Sequence[Want],
+    free_blocks: int,
+    promised_blocks: int,
+    block_tokens: int,
+    limits: Limits,
+    may_preempt: bool = True,
+) -> Batch:
+    """Fills one step. Both sequences are in order of arrival; the youngest running one is preempted first.
+
+    `promised_blocks` are kept for leases that are being written: who runs may take them, who waits may not.
+    Decodes come before chunks of prefill, so a long prompt slows running streams by at most one step's budget.
+    """
+    batch = Batch()
+    budget = limits.step_tokens
+    alive = list(range(len(running)))
+    for index in sorted(alive, key=lambda i: running[i].pending_tokens > 1):  # stable: decodes first, then by age
+        if budget <= 0:
+            break
+        if index in batch.preempt:
+            continue
+        want = running[index]
+        tokens = min(want.pending_tokens, budget)
+        if not want.may_take:
+            tokens = min(tokens, want.blocks * block_tokens - want.computed_tokens)
+        need = max(0, -(-(want.computed_tokens + tokens) // block_tokens) - want.blocks)
+        while need > free_blocks and may_preempt and (victim := _youngest(running, batch, index)) is not None:
+            batch.preempt.append(victim)
+            free_blocks += running[victim].blocks
+        if need > free_blocks:
+            batch.starved = True
+            tokens, need = _fit(want, free_blocks, block_tokens, budget)
+        if tokens > 0:
+            batch.advance.append((index, tokens))
+            free_blocks -= need
+            budget -= tokens
+    if batch.preempt or batch.starved:
+        return batch
+    room = free_blocks - promised_blocks - len(running)  # every running sequence will soon want one more block
+    slots = limits.max_running - len(running)
+    for index, want in enumerate(waiting[: max(0, slots)]):
+        if budget <= 0:
+            break
+        need = -(-(want.computed_tokens + want.pending_tokens) // block_tokens) - want.blocks
+        if need > room:
+            break
+        tokens = min(want.pending_tokens, budget)
+        batch.admit.append((index, tokens))
+        room -= need + 1
+        budget -= tokens
+    return batch
+
+
+def _youngest(running: Sequence[Want], batch: Batch, asking: int) -> int | None:
+    """The youngest sequence after `asking` that holds blocks of ours and is not in the step."""
+    chosen = [index for index, _ in batch.advance]
+    for index in range(len(running) - 1, asking, -1):
+        if running[index].may_take and running[index].blocks and index not in chosen and index not in batch.preempt:
+            return index
+    return None
+
+
+def _fit(want: Want, free_blocks: int, block_tokens: int, budget: int) -> tuple[int, int]:
+    """As many tokens as the held and the free blocks hold, and the blocks that takes."""
+    room = (want.blocks + free_blocks) * block_tokens - want.computed_tokens
+    tokens = max(0, min(want.pending_tokens, budget, room))
+    return tokens, max(0, -(-(want.computed_tokens + tokens) // block_tokens) - want.blocks)
