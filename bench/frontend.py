@@ -1,0 +1,181 @@
+"""What the frontend process costs: CPU per streamed token and per request, with the simulated engine in another.
+
+Real HTTP, one event per token. The frontend has a core for itself where there are two; the engine and the load
+generator share another. CPU is user and system time of the frontend process, read from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from loadgen import Totals, chat_request, generate_load
+from report import Row, emit
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+MODEL = "bench"
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 16_000
+PROMPTS = 400
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A load, and what is asked about it."""
+
+    name: str
+    step_s: float  # of the simulated engine
+    connections: int
+    prompt_tokens: int
+    tokens: int
+    rows: tuple[tuple[str, str, float], ...]  # what is measured, its unit, the aim
+
+
+CASES = (
+    Case("256 streams, a step every 6 ms", 0.006, 256, 128, 128, (("CPU per token", "us", 25.0),)),
+    Case("32 streams, as fast as it goes", 0.0, 32, 128, 128, (("CPU per token", "us", 15.0),)),
+    Case("128 tokens in, 1 out", 0.0, 32, 128, 1, (("CPU per request", "ms", 0.5),)),
+    Case("4,000 tokens in, 16 out", 0.0, 16, 4000, 16, (("CPU per request", "ms", 0.93),)),
+    Case("one client, 128 in, 2 out", 0.0, 1, 128, 2, (("time to first token", "ms", 2.0),)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--quick", action="store_true", help="one short round")
+    arguments = parser.parse_args()
+    rounds, seconds = (1, 3.0) if arguments.quick else (3, 8.0)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[1:] or cores)
+    with tempfile.TemporaryDirectory() as folder:
+        words = make_model(Path(folder))
+        rows = [row for case in CASES for row in measure(Path(folder), words, case, rounds, seconds, cores[0])]
+    emit(rows, arguments.json)
+
+
+def make_model(folder: Path) -> list[str]:
+    """A folder without weights: a byte-level tokenizer trained on Python's sources. Returns words of one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    marked = sorted(word for word in tokenizer.get_vocab() if word.startswith("Ġ") and word[1:].isalpha())
+    return [word[1:] for word in marked if len(tokenizer.encode(" " + word[1:]).ids) == 1]
+
+
+def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds: float, core: int) -> Iterator[Row]:
+    """Medians over rounds, each with processes of its own."""
+    samples = [one_round(folder, words, case, Random(seed), seconds, core) for seed in range(rounds)]
+    for what, unit, aim in case.rows:
+        yield Row(f"{what}: {case.name}", statistics.median(sample[what] for sample in samples), unit, aim=aim)
+
+
+def one_round(
+    folder: Path, words: Sequence[str], case: Case, rng: Random, seconds: float, core: int
+) -> dict[str, float]:
+    prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(PROMPTS)]
+    requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
+    cpu_s: list[float] = []
+    with serving(folder, case, core) as (address, frontend):
+        totals = generate_load(
+            address, requests, case.connections, 1.0, seconds, lambda: cpu_s.append(cpu_of(frontend))
+        )
+    if totals.errors:
+        raise SystemExit(f"{case.name}: {totals.errors[0]}")
+    return results(totals, cpu_s[1] - cpu_s[0], case)
+
+
+def results(totals: Totals, cpu_s: float, case: Case) -> dict[str, float]:
+    return {
+        "CPU per token": cpu_s / totals.tokens(case.tokens) * 1e6,
+        "CPU per request": cpu_s / totals.requests * 1e3,
+        "time to first token": totals.median_first_event_s * 1e3,
+    }
+
+
+@contextmanager
+def serving(folder: Path, case: Case, core: int) -> Iterator[tuple[tuple[str, int], int]]:
+    """Starts a frontend on `core` and a worker; yields the frontend's address and process id."""
+    port, join_port = free_port(), free_port()
+    options = {"vocab_size": VOCABULARY, "first_token": len(SPECIAL), "step_s": case.step_s}
+    options |= {"prefill_token_s": 0, "decode_sequence_s": 0}
+    flags = [f"--engine-option.{name}={value}" for name, value in options.items()]
+    token = secrets.token_hex(8)
+    with (
+        running("frontend", folder, token, f"--port={port}", f"--join-port={join_port}") as frontend,
+        running("worker", folder, token, f"--join=127.0.0.1:{join_port}", "--engine=simulated", *flags),
+    ):
+        os.sched_setaffinity(frontend, {core})
+        wait_ready(port)
+        yield ("127.0.0.1", port), frontend
+
+
+@contextmanager
+def running(command: str, folder: Path, token: str, *flags: str) -> Iterator[int]:
+    arguments = [sys.executable, "-m", "penstock", command, str(folder), f"--model-name={MODEL}", *flags]
+    with subprocess.Popen(
+        [*arguments, "--log-level=error"], env=dict(os.environ) | {"PENSTOCK_TOKEN": token}
+    ) as process:
+        try:
+            yield process.pid
+        finally:
+            process.terminate()
+
+
+def wait_ready(port: int, timeout_s: float = 20.0) -> None:
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > until:
+                raise SystemExit(f"no worker joined within {timeout_s:.0f} s") from None
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def cpu_of(process: int) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Attention of unmodified transformers decoders over a region of blocks.
+
+transformers calls two things of ours in every layer: `Paged.update`, as if it were its cache, which writes the
+new keys and values into their blocks; then `paged_attention`, which reads each sequence's blocks back and attends.
+The name under which it is registered has no mask function, so transformers builds no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from penstock.blocks import KvLayout
+from penstock.engine.embedded_batch import Batch, Tile
+from penstock.errors import UnsupportedModel
+
+NAME = "penstock"
+
+_FROM_CONFIG = -1  # the model hands no window to attention: its configuration says
+_FOREIGN = ("position_bias", "indices", "block_indices", "sinks")  # attention of other kinds
+
+
+class Pool:
+    """A region's memory as rows, see `embedded_batch`. Holds views only."""
+
+    def __init__(self, memory: Tensor, layout: KvLayout) -> None:
+        """`memory` is flat, of the layout's dtype."""
+        rows = memory.view(-1, layout.block_tokens * layout.head_dim)
+        sides = [rows[side * layout.kv_heads :] for side in range(layout.layers * 2)]
+        self.layout = layout
+        self.blocks = memory.view(-1, layout.block_bytes // memory.element_size())
+        self.keys: Sequence[Tensor] = sides[0::2]  # by layer, each beginning at that layer of block 0
+        self.values: Sequence[Tensor] = sides[1::2]
+
+
+class Paged:
+    """One step over one region: the cache that transformers writes to, and what `paged_attention` reads."""
+
+    def __init__(self, pool: Pool, batch: Batch) -> None:
+        self.pool = pool
+        self.batch = batch
+
+    def clear_fresh(self) -> None:
+        if self.batch.fresh is not None:
+            self.pool.blocks.index_fill_(0, self.batch.fresh, 0)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Writes `key` and `value` [1, kv_heads, tokens, dim] of the step's row into their blocks."""
+        dim = self.pool.layout.head_dim
+        for rows, new in ((self.pool.keys[layer], key), (self.pool.values[layer], value)):
+            rows.view(-1, dim).index_copy_(0, self.batch.writes, new[0].transpose(0, 1).reshape(-1, dim))
+        return key, value
+
+    def get_seq_length(self, *_: object) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What becomes of query times key: scaled, squeezed into (-softcap, softcap), beside a sink per head."""
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged: Paged,
+    scaling: float,
+    sliding_window: int | None = _FROM_CONFIG,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The step's queries [1, heads, tokens, dim] to outputs [1, tokens, heads, dim].
+
+    The arguments are those of `AttentionInterface`, and `paged`, which the engine hands through the model.
+    """
+    layer = _layer_of(module, others)
+    window = _window_of(module, layer) if sliding_window == _FROM_CONFIG else sliding_window
+    scoring = Scoring(scaling, softcap, s_aux)
+    queries = query[0].transpose(0, 1)
+    outputs = []
+    for group in paged.batch.groups:
+        span = group.span(window)
+        shape = (group.sequences * paged.pool.layout.kv_heads, -1, paged.pool.layout.head_dim)
+        keys = paged.pool.keys[layer].index_select(0, span.rows).view(shape)
+        values = paged.pool.values[layer].index_select(0, span.rows).view(shape)
+        own = queries[group.tokens]
+        for tile in span.tiles:
+            tiled = own[tile.queries].view(group.sequences, -1, *own.shape[1:])
+            outputs.append(_attend(tiled, keys[:, tile.keys], values[:, tile.keys], tile, scoring))
+    return torch.cat(outputs)[None], None
+
+
+AttentionInterface.register(NAME, paged_attention)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, tile: Tile, scoring: Scoring) -> Tensor:
+    """[sequences, queries, heads, dim] over [sequences * kv_heads, columns, dim] to [tokens, heads, dim].
+
+    The query heads that share a KV head are rows of one matrix, beside those of the tile's other queries.
+    """
+    sequences, count, heads, dim = query.shape
+    packed = query.view(sequences, count, keys.shape[0] // sequences, -1, dim).transpose(1, 2)
+    flat = packed.reshape(keys.shape[0], -1, dim)
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), flat, keys.mT, beta=0, alpha=scoring.scaling)
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    scores = scores.view(*packed.shape[:-1], -1)  # [sequences, kv_heads, queries, sharing heads, columns]
+    for columns, bias in tile.hidden:
+        scores[..., columns].add_(bias)
+    weights = scores.softmax(-1) if scoring.sinks is None else _softmax_with_sinks(scores, scoring.sinks)
+    output = torch.bmm(weights.reshape(keys.shape[0], flat.shape[1], -1), values)
+    return output.view(packed.shape).transpose(1, 2).reshape(-1, heads, dim)
+
+
+def _softmax_with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Each head's sink takes its part of the weight and contributes no value."""
+    column = sinks.to(scores.dtype).view(1, scores.shape[1], 1, -1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+
+
+def _layer_of(module: Any, others: dict[str, Any]) -> int:
+    """The layer's index. Raises UnsupportedModel for attention that is not causal over plain keys and values."""
+    foreign = [name for name in _FOREIGN if others.get(name) is not None]
+    if foreign or not getattr(module, "is_causal", True):
+        how = f"with {', '.join(foreign)}" if foreign else "in both directions"
+        raise UnsupportedModel(f"{type(module).__name__} attends {how}")
+    layer: int = module.layer_idx
+    return layer
+
+
+def _window_of(module: Any, layer: int) -> int | None:
+    types = getattr(module.config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)

@@ -1,0 +1,243 @@
+"""What one step computes, as index tensors: where each token's keys and values go, and what it attends to.
+
+The tokens of all slices lie end to end in one row. Decoding sequences come first; those of like context form one
+group, which is attended to at once. Every other slice is a group by itself:
+
+    tokens   d d d d | d d | p p p p p p p | p p p
+    groups    many    many        one         one
+
+The region is seen as rows: a block row is one head's keys (or values) of one block, a token row those of one token.
+Row numbers here are those of the first layer's keys; `Pool` shifts its view, not the numbers, for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from penstock.blocks import KvLayout
+from penstock.engine.api import Slice
+
+_PADDING_TOKENS = 256  # a decode group may pad a sequence by this many tokens, or by a quarter of its longest
+_TILE_QUERIES = 128
+_TILE_SCORES = 1 << 22  # attention scores computed at once, over all heads: bounds memory at long contexts
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What index building must know of model and region."""
+
+    layout: KvLayout
+    query_heads: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block_rows(self) -> int:
+        """Block rows per block."""
+        return self.layout.layers * 2 * self.layout.kv_heads
+
+    def tensor(self, numbers: Ints | list[int]) -> Tensor:
+        return torch.from_numpy(np.asarray(numbers, np.int64)).to(self.device)
+
+    def bias(self, is_hidden: npt.NDArray[np.bool_]) -> Tensor:
+        """What is added to scores: 0 where a query looks, -inf where it may not."""
+        hidden = torch.from_numpy(is_hidden).to(self.device)
+        return torch.zeros(is_hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A slice in the step's row, its first token at `at`; `table` are the blocks up to its last token."""
+
+    tokens: Sequence[int]
+    start: int  # the first token's position in its sequence
+    at: int
+    table: Ints
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def positions(self) -> Ints:
+        return np.arange(self.start, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries attended to together, and the columns of the gathered keys that any of them sees.
+
+    `hidden` holds the columns of `keys` that some query may not see, with a bias [sequences, 1, queries, 1, columns].
+    """
+
+    queries: slice
+    keys: slice
+    hidden: tuple[tuple[slice, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a group reads in layers of one window: block rows, by sequence, head and block; then tile by tile."""
+
+    rows: Tensor
+    tiles: tuple[Tile, ...]
+
+
+class Group:
+    """Slices attended to at once: `tokens` of the step's row. Spans are built when a layer first asks."""
+
+    def __init__(self, pieces: Sequence[Piece], geometry: Geometry) -> None:
+        self.tokens = slice(pieces[0].at, pieces[-1].at + pieces[-1].count)
+        self.sequences = len(pieces)
+        self._pieces = pieces
+        self._geometry = geometry
+        self._context = max(piece.end for piece in pieces)
+        self._spans: dict[int, Span] = {}
+
+    def span(self, window: int | None) -> Span:
+        """`window` is how many tokens a query sees, itself included; None: all before it."""
+        reach = min(window or self._context, self._context)
+        if reach not in self._spans:
+            build = _span_of_one if self.sequences == 1 else _span_of_many
+            self._spans[reach] = build(self._pieces, reach, self._geometry)
+        return self._spans[reach]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `writes` are token rows, by token and head; `fresh` are blocks to clear before they are written."""
+
+    input_ids: Tensor  # [1, tokens]
+    position_ids: Tensor  # [1, tokens]
+    writes: Tensor  # [tokens * kv_heads]
+    fresh: Tensor | None
+    groups: tuple[Group, ...]
+    sampled: Tensor  # the row's tokens after which one is sampled, in the order of the slices
+
+
+def build(slices: Sequence[Slice], geometry: Geometry) -> Batch:
+    """The step's row, its groups, and where its keys and values go."""
+    block_tokens = geometry.layout.block_tokens
+    arranged = _arrange(slices)
+    pieces: dict[int, Piece] = {}  # by slice, in the order of the row
+    at = 0
+    for i in chain.from_iterable(arranged):
+        pieces[i] = _piece(slices[i], at, block_tokens)
+        at += pieces[i].count
+    row = list(pieces.values())
+    fresh = [piece.table[-1] for piece in row if _opens_its_last_block(piece, block_tokens)]
+    sampled = [pieces[i].at + pieces[i].count - 1 for i, s in enumerate(slices) if s.sampling is not None]
+    return Batch(
+        input_ids=geometry.tensor(list(chain.from_iterable(piece.tokens for piece in row)))[None],
+        position_ids=geometry.tensor(np.concatenate([piece.positions for piece in row]))[None],
+        writes=geometry.tensor(_token_rows(row, geometry)),
+        fresh=geometry.tensor(fresh) if fresh else None,
+        groups=tuple(Group([pieces[i] for i in members], geometry) for members in arranged),
+        sampled=geometry.tensor(sampled),
+    )
+
+
+def _arrange(slices: Sequence[Slice]) -> list[list[int]]:
+    """Indices of the slices, group by group."""
+    decoding = sorted((i for i, s in enumerate(slices) if len(s.tokens) == 1), key=lambda i: -slices[i].start)
+    groups: list[list[int]] = []
+    for i in decoding:
+        longest = slices[groups[-1][0]].start if groups else 0
+        if groups and longest - slices[i].start <= max(_PADDING_TOKENS, longest // 4):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups + [[i] for i, s in enumerate(slices) if len(s.tokens) > 1]
+
+
+def _piece(part: Slice, at: int, block_tokens: int) -> Piece:
+    blocks = -(-(part.start + len(part.tokens)) // block_tokens)
+    return Piece(part.tokens, part.start, at, np.array(part.blocks[:blocks], np.int64))
+
+
+def _opens_its_last_block(piece: Piece, block_tokens: int) -> bool:
+    """Whether the piece writes the first token of its last block, and does not fill it.
+
+    What lies behind it in that block is read, with weight 0, until it is written: NaN left there would spread.
+    """
+    filled = piece.end % block_tokens
+    return 0 < filled <= piece.count
+
+
+def _token_rows(row: Sequence[Piece], geometry: Geometry) -> Ints:
+    tokens = geometry.layout.block_tokens
+    firsts = np.concatenate([piece.table[piece.positions // tokens] for piece in row]) * geometry.block_rows * tokens
+    offsets = np.concatenate([piece.positions % tokens for piece in row])
+    heads = np.arange(geometry.layout.kv_heads) * tokens
+    rows: Ints = (firsts + offsets)[:, None] + heads
+    return rows.reshape(-1)
+
+
+def _block_rows(tables: Ints, geometry: Geometry) -> Tensor:
+    """[sequences, blocks] to block rows by sequence, head and block."""
+    heads = np.arange(geometry.layout.kv_heads)[:, None]
+    return geometry.tensor((tables[:, None, :] * geometry.block_rows + heads).reshape(-1))
+
+
+def _span_of_many(pieces: Sequence[Piece], reach: int, geometry: Geometry) -> Span:
+    """Sequences of one query each, side by side; a shorter one is padded with its own last block."""
+    tokens = geometry.layout.block_tokens
+    firsts = [max(0, piece.end - reach) // tokens for piece in pieces]
+    width = max(len(piece.table) - first for piece, first in zip(pieces, firsts, strict=True))
+    tables = np.empty((len(pieces), width), np.int64)
+    for row, piece, first in zip(tables, pieces, firsts, strict=True):
+        own = piece.table[first:]
+        row[: len(own)] = own
+        row[len(own) :] = own[-1]
+    positions = np.array(firsts)[:, None] * tokens + np.arange(width * tokens)
+    ends = np.array([piece.end for piece in pieces])[:, None]
+    bias = geometry.bias((positions >= ends) | (positions < ends - reach))
+    tile = Tile(slice(0, len(pieces)), slice(None), ((slice(None), bias[:, None, None, None, :]),))
+    return Span(_block_rows(tables, geometry), (tile,))
+
+
+def _span_of_one(pieces: Sequence[Piece], reach: int, geometry: Geometry) -> Span:
+    """A sequence of any number of queries, in tiles that read only what their queries see."""
+    (piece,) = pieces
+    first = max(0, piece.start + 1 - reach) // geometry.layout.block_tokens
+    origin = first * geometry.layout.block_tokens
+    most = max(1, min(_TILE_QUERIES, _TILE_SCORES // (geometry.query_heads * (piece.end - origin))))
+    tiles = [
+        Tile(
+            queries=slice(start - piece.start, end - piece.start),
+            keys=slice(max(0, start + 1 - reach) - origin, end - origin),
+            hidden=_hidden(start, end, reach, geometry),
+        )
+        for start, end in pairwise([*range(piece.start, piece.end, most), piece.end])
+    ]
+    return Span(_block_rows(piece.table[None, first:], geometry), tuple(tiles))
+
+
+def _hidden(start: int, end: int, reach: int, geometry: Geometry) -> tuple[tuple[slice, Tensor], ...]:
+    """For queries at `start` to `end`: only the columns at either edge are hidden, from some of them.
+
+    Columns count from the lowest position that any of the queries sees.
+    """
+    lowest = max(0, start + 1 - reach)
+    queries = np.arange(start, end)[:, None]
+    hidden = []
+    if end - start > 1:
+        later = geometry.bias(np.arange(start, end) > queries)
+        hidden.append((slice(start - lowest, None), later[None, None, :, None, :]))
+    if end - reach > lowest:
+        forgotten = geometry.bias(np.arange(lowest, end - reach) <= queries - reach)
+        hidden.append((slice(0, end - reach - lowest), forgotten[None, None, :, None, :]))
+    return tuple(hidden)

@@ -1,0 +1,262 @@
+"""Checkpoints for the embedded engine: which it can serve, and what it computes with them.
+
+Served is any decoder of transformers whose attention goes through `AttentionInterface` and whose cache is plain
+keys and values of one shape in every layer, over the whole context or a window.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from penstock.blocks import BlockId, KvLayout, Region
+from penstock.engine.api import EngineInfo, Slice
+from penstock.engine.embedded_attention import NAME, Paged, Pool
+from penstock.engine.embedded_batch import Geometry, build
+from penstock.engine.embedded_sampling import Draw, sample
+from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
+from penstock.request import Sampling, Token
+
+if TYPE_CHECKING:
+    from penstock.engine.embedded import Options
+
+_SERVED = "served are decoders with plain keys and values in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss..."
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is known of a model before its weights are read."""
+
+    architecture: str
+    config: PreTrainedConfig
+    geometry: Geometry
+    info: EngineInfo
+
+
+def read(options: Options) -> Checkpoint:
+    """Reads the configuration. Raises UnreadableModel, UnsupportedModel, or SetupError for an impossible setting."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = options.model
+    config = _read_config(model)
+    text = config.get_text_config(decoder=True)
+    architecture = _supported_architecture(model, config, text)
+    geometry = _geometry(config, text, options)
+    info = EngineInfo(
+        name="embedded",
+        model=model,
+        layout=geometry.layout,
+        vocab_size=text.vocab_size,
+        max_context_tokens=_context_limit(text, options),
+        eos_token_ids=_eos_token_ids(model, text),
+        device=str(geometry.device),
+        shares_memory=geometry.device.type == "cpu",
+    )
+    return Checkpoint(architecture, config, geometry, info)
+
+
+def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
+    """Reads the weights, in the thread that will compute with them, and gives it `threads` to spread a step over.
+
+    Raises UnreadableModel where weights are missing, UnsupportedModel where a trial step fails.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = checkpoint.info.model
+    auto: Any = AutoModelForCausalLM
+    try:
+        model, report = auto.from_pretrained(
+            folder,
+            config=checkpoint.config,
+            dtype=checkpoint.geometry.dtype,
+            attn_implementation=NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # every file format and quantization has errors of its own
+        raise UnreadableModel(f"the weights of {folder} cannot be read: {_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UnreadableModel(f"{folder} lacks {len(missing)} weights of its architecture, such as {missing[0]}")
+    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint.geometry)
+    _try_out(loaded, checkpoint)
+    return loaded
+
+
+class LoadedModel:
+    """Weights, and the arithmetic of one step. Used from one thread."""
+
+    def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
+        self._model = model
+        self._geometry = geometry
+
+    def kv_room_bytes(self) -> int:
+        """Most of what the GPU has free now; the rest is for activations. 0 on the CPU."""
+        if self._geometry.device.type != "cuda":
+            return 0
+        free_bytes, _ = torch.cuda.mem_get_info(self._geometry.device)
+        return int(0.85 * free_bytes)
+
+    @torch.inference_mode()
+    def compute(self, slices: Sequence[Slice], pool: Pool) -> list[Token | None]:
+        """One forward pass; a token for each slice with `sampling`, in order."""
+        batch = build(slices, self._geometry)
+        paged = Paged(pool, batch)
+        paged.clear_fresh()
+        output = self._model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            past_key_values=paged,
+            use_cache=True,
+            logits_to_keep=batch.sampled,
+            paged=paged,
+        )
+        asked = [Draw(s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
+        (logits,) = output.logits
+        if len(logits) != len(asked):
+            raise ValueError(f"the model gave logits for {len(logits)} tokens, asked for {len(asked)}")
+        tokens = iter(sample(logits, asked) if asked else ())
+        return [None if s.sampling is None else next(tokens) for s in slices]
+
+
+def map_region(region: Region, geometry: Geometry) -> Pool:
+    """The region as tensors: views of its buffer on the CPU, memory of its own elsewhere. Raises EngineFailed."""
+    if region.layout != geometry.layout:
+        raise EngineFailed(f"{region.owner} lays out KV as {region.layout}, this engine as {geometry.layout}")
+    if geometry.device.type != "cpu":
+        elements = region.blocks * region.layout.block_bytes // geometry.dtype.itemsize
+        return Pool(torch.zeros(elements, dtype=geometry.dtype, device=geometry.device), region.layout)
+    if region.buffer is None:
+        raise EngineFailed(f"the region of {region.owner} is in memory that this process cannot reach")
+    return Pool(torch.frombuffer(region.buffer, dtype=geometry.dtype), region.layout)
+
+
+def _read_config(model: str) -> PreTrainedConfig:
+    if Path(model).is_dir() and not Path(model, "config.json").is_file():
+        raise UnreadableModel(f"{model} is no model folder: it has no config.json")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except OSError as error:
+        raise UnreadableModel(f"{model} is neither a model folder nor a hub id: {_line(error)}") from error
+    except ValueError as error:
+        raise UnsupportedModel(f"{model}: {_line(error)}; {_SERVED}") from error
+    return config
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message: transformers says the rest at length."""
+    return next(filter(None, str(error).splitlines()), type(error).__name__)
+
+
+def _supported_architecture(model: str, config: PreTrainedConfig, text: PreTrainedConfig) -> str:
+    """Its name. Refuses what the configuration alone can tell; the rest shows when the loaded model is tried out."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    default = type(config).__name__ if kind is None else kind.__name__
+    name: str = (config.architectures or [default])[0]
+    if kind is None or config.is_encoder_decoder or name != default:
+        raise UnsupportedModel(f"{model}: {name} is no decoder that generates text; {_SERVED}")
+    for objection in _objections(kind, text):
+        raise UnsupportedModel(f"{model}: {name} {objection}; {_SERVED}")
+    return name
+
+
+def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
+    """Why a cache of plain keys and values does not do. Later questions make sense only where earlier ones pass."""
+    if kind._is_stateful:
+        yield "keeps a state that is not keys and values"
+    if not kind._supports_attention_backend:
+        yield "does not use AttentionInterface"
+    if text.is_heterogeneous:
+        yield "has layers of different shapes"
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if strange:
+        yield f"has layers of type {', '.join(strange)}"
+    if getattr(text, "kv_lora_rank", None) is not None:
+        yield "caches latents (MLA)"
+    if getattr(text, "num_kv_shared_layers", 0):
+        yield "shares keys and values between layers"
+
+
+def _geometry(config: PreTrainedConfig, text: PreTrainedConfig, options: Options) -> Geometry:
+    device = _device(options.device)
+    dtype = _dtype(options.dtype, config, device)
+    heads: int = text.num_attention_heads
+    layout = KvLayout(
+        layers=text.num_hidden_layers,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        block_tokens=options.block_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return Geometry(layout, heads, dtype, device)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise SetupError(f"device {device!r} cannot be used: {_line(error)}; try 'cpu' or 'auto'") from error
+
+
+def _dtype(dtype: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """`auto` is exact on the CPU, and what the checkpoint was made in elsewhere."""
+    if dtype == "auto":
+        made_in = torch.float32 if device.type == "cpu" else config.dtype
+        return next((known for known in _DTYPES if known == made_in), torch.bfloat16)
+    for known in _DTYPES:
+        if str(known) == f"torch.{dtype}":
+            return known
+    raise SetupError(f"dtype {dtype!r} is unknown; give 'auto', 'float32', 'bfloat16' or 'float16'")
+
+
+def _context_limit(text: PreTrainedConfig, options: Options) -> int:
+    """The model's own limit, or less if asked."""
+    own: int | None = getattr(text, "max_position_embeddings", None)
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond it, one long sequence would change the rotation of all others
+        own = min(own or sys.maxsize, rope["original_max_position_embeddings"])
+    limit = own if options.max_context_tokens is None else options.max_context_tokens
+    if limit is None:
+        raise SetupError(f"{options.model} names no longest context; give max_context_tokens")
+    if own is not None and limit > own:
+        raise SetupError(f"max_context_tokens {limit} is over the {own} that {options.model} can do; lower it")
+    return limit
+
+
+def _eos_token_ids(model: str, text: PreTrainedConfig) -> tuple[int, ...]:
+    """Those that the generation settings name, else the configuration's."""
+    try:
+        found = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the file is optional
+        found = None
+    if found is None:
+        found = text.eos_token_id
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
+    """Computes one block: every layer must write keys and values of the layout's shape. Also warms up."""
+    geometry, who = checkpoint.geometry, f"{checkpoint.info.model}: {checkpoint.architecture}"
+    layout = geometry.layout
+    elements = layout.block_bytes // geometry.dtype.itemsize
+    pool = Pool(torch.full((elements,), torch.nan, dtype=geometry.dtype, device=geometry.device), layout)
+    try:
+        loaded.compute([Slice([0] * layout.block_tokens, 0, [BlockId(0)], Sampling(max_tokens=1))], pool)
+    except Exception as error:
+        raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error
+    written = pool.blocks.view(layout.layers, -1).isfinite().all(-1)
+    if not written.all():
+        silent = (~written).nonzero()[:, 0].tolist()
+        raise UnsupportedModel(f"{who} caches no keys and values in layers {silent}; {_SERVED}")

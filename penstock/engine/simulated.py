@@ -1,0 +1,186 @@
+"""An engine without a model: it takes modelled time, writes real bytes, and its tokens depend on every one of them.
+
+For each token it writes a 64-bit fingerprint into the block that the token belongs to. A fingerprint mixes the one
+before it, as found in memory, with the token; a sampled token is a hash of all fingerprints of its sequence, as found
+in memory. So a block that is missing, stale, foreign or swapped changes the output, and `expected_tokens` says what it
+should have been. Writes are spread over the step as a real engine's are, not done at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.blocks import BlockId, KvLayout, Region
+from penstock.engine.api import EngineInfo, Slice, Step
+from penstock.errors import EngineFailed
+from penstock.request import Sampling, Token
+
+Words = NDArray[np.uint64]
+
+_ODD = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How long a step takes: `step_s` + tokens computed and sequences decoded, each at its price. 0: no time at all.
+
+    Tokens from 0 to `first_token - 1` are never produced, so a tokenizer's special tokens do not appear.
+    """
+
+    model: str = "simulated"  # a folder, or any name
+    vocab_size: int = 0  # 0: as the folder's config.json says, else 32,000
+    first_token: int = 100
+    max_context_tokens: int = 8192
+    block_tokens: int = 16
+    step_s: float = 0.002
+    prefill_token_s: float = 20e-6
+    decode_sequence_s: float = 100e-6
+    pieces: int = 2  # in how many parts a step's writes are spread over its time
+
+
+class _Sizes(msgspec.Struct):
+    """What matters here of a model's config.json."""
+
+    vocab_size: int = 32_000
+
+
+class SimulatedEngine:
+    """Meets the Engine port; `supports` nothing optional."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options = _complete(options)
+        self._regions: dict[tuple[str, int], Words] = {}
+        self._weights = _weights(options.max_context_tokens)
+
+    @property
+    def info(self) -> EngineInfo:
+        options = self._options
+        return EngineInfo(
+            name="simulated",
+            model=options.model,
+            layout=KvLayout(1, 1, 1, options.block_tokens, "uint64", packing="fingerprints"),
+            vocab_size=options.vocab_size,
+            max_context_tokens=options.max_context_tokens,
+            eos_token_ids=(),
+            device="cpu",
+            shares_memory=True,
+            supports=(),
+        )
+
+    async def __aenter__(self) -> SimulatedEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._regions.clear()
+
+    def attach(self, region: Region) -> None:
+        if region.buffer is None:
+            raise EngineFailed(f"the simulated engine computes in host memory; region of {region.owner} has none")
+        words = np.frombuffer(region.buffer, dtype=np.uint64)
+        self._regions[region.key] = words.reshape(region.blocks, 2, region.layout.block_tokens)
+
+    def detach(self, key: tuple[str, int]) -> None:
+        self._regions.pop(key, None)
+
+    async def step(self, step: Step) -> list[Token | None]:
+        memory = self._regions.get(step.region.key)
+        if memory is None:
+            raise EngineFailed(f"region of {step.region.owner} is not attached")
+        options = self._options
+        decodes = sum(1 for part in step.slices if len(part.tokens) == 1)
+        duration_s = options.step_s + step.tokens * options.prefill_token_s + decodes * options.decode_sequence_s
+        for piece in range(options.pieces):
+            for part in step.slices:
+                _write(memory, part, piece, options.pieces)
+            await self.pass_time(duration_s / options.pieces)
+        return [self._sample(memory, part) if part.sampling else None for part in step.slices]
+
+    async def pass_time(self, seconds: float) -> None:
+        """A part of a step's time goes by. Simulations put faults here."""
+        await asyncio.sleep(seconds)
+
+    def _sample(self, memory: Words, part: Slice) -> Token:
+        length = part.start + len(part.tokens)
+        fingerprints = memory[np.asarray(part.blocks), 0].reshape(-1)[:length]
+        digest = int(np.dot(fingerprints, self._weights[:length]))
+        return _token(digest, length, part.sampling, self._options)
+
+
+def expected_tokens(prompt: Sequence[int], sampling: Sampling, options: Options) -> list[int]:
+    """What an undisturbed engine produces after `prompt`: the reference for tests."""
+    options = _complete(options)
+    tokens, digest, before = list(prompt), 0, 0
+    weights = _weights(options.max_context_tokens)
+    for position, token in enumerate(tokens):
+        before = _fingerprint(before, token)
+        digest = (digest + before * int(weights[position])) & _MASK
+    output: list[int] = []
+    while len(output) < sampling.max_tokens and len(tokens) < options.max_context_tokens:
+        token = _token(digest, len(tokens), sampling, options).id
+        output.append(token)
+        before = _fingerprint(before, token)
+        digest = (digest + before * int(weights[len(tokens)])) & _MASK if len(tokens) < len(weights) else digest
+        tokens.append(token)
+    return output
+
+
+def _complete(options: Options) -> Options:
+    """With the vocabulary of the model folder, so that its tokenizer can spell every token."""
+    if options.vocab_size:
+        return options
+    config = Path(options.model) / "config.json"
+    if not config.is_file():
+        return replace(options, vocab_size=_Sizes().vocab_size)
+    return replace(options, vocab_size=msgspec.json.decode(config.read_bytes(), type=_Sizes).vocab_size)
+
+
+def _weights(length: int) -> Words:
+    """Odd numbers, all different: a sum weighed by them notices an exchange."""
+    return (np.arange(length, dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * np.uint64(_ODD)
+
+
+def mix(x: int) -> int:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well-mixed bits out."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _fingerprint(before: int, token: int) -> int:
+    return mix((before * _ODD + token + 1) & _MASK)
+
+
+def _write(memory: Words, part: Slice, piece: int, pieces: int) -> None:
+    """Writes the `piece`-th of `pieces` runs of this slice's fingerprints, and the tokens beside them."""
+    count = len(part.tokens)
+    for index in range(count * piece // pieces, count * (piece + 1) // pieces):
+        before = _read(memory, part.blocks, part.start + index - 1)
+        block, offset = divmod(part.start + index, memory.shape[2])
+        memory[part.blocks[block], 0, offset] = _fingerprint(before, part.tokens[index])
+        memory[part.blocks[block], 1, offset] = part.tokens[index]
+
+
+def _read(memory: Words, blocks: Sequence[BlockId], position: int) -> int:
+    if position < 0:
+        return 0
+    block, offset = divmod(position, memory.shape[2])
+    return int(memory[blocks[block], 0, offset])
+
+
+def _token(digest: int, position: int, sampling: Sampling | None, options: Options) -> Token:
+    salt = 0
+    if sampling is not None and sampling.temperature > 0:
+        salt = mix(sampling.seed & _MASK) ^ mix(sampling.choice + 1)
+    drawn = mix((digest + position) & _MASK ^ salt)
+    return Token(options.first_token + drawn % (options.vocab_size - options.first_token))
+
+
+ENGINE = SimulatedEngine

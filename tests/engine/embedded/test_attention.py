@@ -1,0 +1,157 @@
+"""Attention over blocks against the plain definition, for any mixture of slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from penstock.blocks import BlockId, KvLayout
+from penstock.engine import embedded_batch
+from penstock.engine.api import Slice
+from penstock.engine.embedded_attention import Paged, Pool, paged_attention
+from penstock.engine.embedded_batch import Geometry, build
+from penstock.errors import UnsupportedModel
+
+LAYOUT = KvLayout(layers=3, kv_heads=2, head_dim=4, block_tokens=4, dtype="float32")
+BLOCKS = 120
+HEADS = 6
+LAYER = 1
+GEOMETRY = Geometry(LAYOUT, HEADS, torch.float32, torch.device("cpu"))
+MODULE: Any = SimpleNamespace(layer_idx=LAYER, config=SimpleNamespace())
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences as (start, count), and how they attend."""
+
+    sequences: list[tuple[int, int]]
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+counts = st.one_of(st.just(1), st.integers(1, 30))
+cases = st.builds(
+    Case,
+    sequences=st.lists(st.tuples(st.integers(0, 40), counts), min_size=1, max_size=6),
+    window=st.one_of(st.none(), st.integers(1, 50)),
+    softcap=st.sampled_from([None, 2.0]),
+    has_sinks=st.booleans(),
+)
+
+
+@pytest.mark.parametrize(("tile_queries", "tile_scores", "padding_tokens"), [(128, 1 << 22, 256), (5, 700, 3)])
+@settings(max_examples=150, deadline=None)
+@given(case=cases)
+def test_it_equals_the_definition(tile_queries: int, tile_scores: int, padding_tokens: int, case: Case) -> None:
+    generator = torch.Generator().manual_seed(2)
+    tokens = sum(start + count for start, count in case.sequences)
+    query, key, value = (torch.randn(tokens, heads, 4, generator=generator) for heads in (HEADS, 2, 2))
+    sinks = torch.randn(HEADS, generator=generator) if case.has_sinks else None
+    with (
+        patch.object(embedded_batch, "_TILE_QUERIES", tile_queries),
+        patch.object(embedded_batch, "_TILE_SCORES", tile_scores),
+        patch.object(embedded_batch, "_PADDING_TOKENS", padding_tokens),
+    ):
+        found = paged(case, query, key, value, sinks)
+    torch.testing.assert_close(found, plain(case, query, key, value, sinks), atol=1e-5, rtol=1e-4)
+
+
+def paged(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """Computes first all starts, then all counts, in a pool of NaN; the outputs of the latter, slice by slice."""
+    pool = Pool(torch.full((BLOCKS * LAYOUT.block_bytes // 4,), torch.nan), LAYOUT)
+    free = [BlockId(block) for block in range(BLOCKS)]
+    Random(3).shuffle(free)
+    before, after = [], []
+    at = 0
+    for start, count in case.sequences:
+        blocks = [free.pop() for _ in range(LAYOUT.blocks_for(start + count))]
+        rows = range(at, at + start + count)  # as token ids, so that the step's row can be told apart
+        before.append(Slice(rows[:start], 0, blocks))
+        after.append(Slice(rows[start:], start, blocks))
+        at += start + count
+    output = torch.full_like(query, torch.nan)
+    for slices in ([one for one in before if one.tokens], after):
+        if slices:
+            batch = build(slices, GEOMETRY)
+            row = batch.input_ids[0]
+            step = Paged(pool, batch)
+            step.clear_fresh()
+            step.update(key[row].transpose(0, 1)[None], value[row].transpose(0, 1)[None], LAYER)
+            attended, _ = paged_attention(
+                MODULE,
+                query[row].transpose(0, 1)[None],
+                key,
+                value,
+                None,
+                paged=step,
+                scaling=0.5,
+                sliding_window=case.window,
+                softcap=case.softcap,
+                s_aux=sinks,
+            )
+            output[row] = attended[0]
+    return output
+
+
+def plain(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """Every token over its own sequence's earlier ones, with a dense mask."""
+    output = torch.empty_like(query)
+    at = 0
+    for start, count in case.sequences:
+        rows = slice(at, at + start + count)
+        q, (k, v) = query[rows], (side[rows].repeat_interleave(HEADS // 2, 1) for side in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * 0.5
+        if case.softcap is not None:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        positions = torch.arange(start + count)
+        distance = positions[:, None] - positions
+        hidden = (distance < 0) | (distance >= (case.window or start + count))
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, start + count, 1)), -1)
+        weights = scores.softmax(-1)[..., : start + count]
+        output[rows] = torch.einsum("hqk,khd->qhd", weights, v)
+        at += start + count
+    return output
+
+
+def attend(module: Any, **arguments: Any) -> None:
+    batch = build([Slice([0], 0, [BlockId(0)])], GEOMETRY)
+    step = Paged(Pool(torch.zeros(LAYOUT.block_bytes // 4), LAYOUT), batch)
+    query = torch.zeros(1, HEADS, 1, 4)
+    paged_attention(module, query, query, query, None, paged=step, scaling=1.0, **arguments)
+
+
+def test_foreign_kinds_of_attention_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="attends with position_bias"):
+        attend(MODULE, position_bias=torch.zeros(1))
+    with pytest.raises(UnsupportedModel, match="attends in both directions"):
+        attend(SimpleNamespace(layer_idx=0, is_causal=False, config=SimpleNamespace()))
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({}, None),
+        ({"sliding_window": 5}, 5),
+        ({"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, 5),
+        ({"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}, None),
+    ],
+)
+def test_a_model_that_hands_over_no_window_has_it_in_its_configuration(
+    config: dict[str, Any], window: int | None
+) -> None:
+    module: Any = SimpleNamespace(layer_idx=LAYER, config=SimpleNamespace(**config))
+    with patch.object(embedded_batch.Group, "span", autospec=True, side_effect=embedded_batch.Group.span) as span:
+        attend(module)
+    assert span.call_args.args[1] == window
