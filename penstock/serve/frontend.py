@@ -1,0 +1,434 @@
+"""The HTTP side: OpenAI's API, and what people and Prometheus want to see. The start of every request's path.
+
+    read the body -> understand it -> tokenize -> `Backend.generate` -> tokens -> text -> events -> the end
+
+A request is one coroutine. It holds the backend's stream in an `async with`, so however it ends (the last token, a
+stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
+
+    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
+    GET  /health  /live  /ready  /metrics  /debug/requests/{id}  /
+
+Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
+what happened to the request under /debug/requests/. `x-penstock-timeline: 1`, or `"penstock": {"timeline": true}`
+in the body, adds the same to the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal, Protocol
+
+import msgspec
+
+from penstock import __version__, metrics
+from penstock.clock import now, wall_s
+from penstock.cluster import ModelCard, Standing
+from penstock.errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    MethodNotAllowed,
+    NotFound,
+    NoWorker,
+    Overloaded,
+    PenstockError,
+    Unauthorized,
+    UnknownModel,
+    Unsupported,
+    WorkerDraining,
+)
+from penstock.request import Finish, Request, Token
+from penstock.serve import openai
+from penstock.serve.answer import Answer, Record
+from penstock.serve.http import Exchange, Receive, Scope, Send
+from penstock.serve.openai import Ask, Dialect, Heading
+from penstock.serve.pulse import Pulse
+from penstock.serve.text import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class TokenStream(Protocol):
+    """One request's output."""
+
+    async def read(self) -> tuple[list[Token], Finish | None]:
+        """Waits for news: tokens since the last read, and the end with the last of them.
+
+        A token that ended the output (`Finish.stop_token`) is among the tokens. Raises PenstockError.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """What the frontend needs of the rest of penstock; the router is one."""
+
+    def cards(self) -> Mapping[str, ModelCard]:
+        """Models that live workers serve, by name."""
+        ...
+
+    def generate(self, request: Request) -> AbstractAsyncContextManager[TokenStream]:
+        """The output, while inside the block; leaving it cancels what still runs. Raises Overloaded, NoWorker."""
+        ...
+
+    def standings(self) -> Mapping[str, Standing]:
+        """Live workers by name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendOptions:
+    """`inflight` requests at a time, the rest gets a 503. No `api_key`: everybody may ask."""
+
+    api_key: str = field(default="", repr=False)
+    inflight: int = 1024
+    body_bytes: int = 16 << 20
+    timeout_s: float = 600.0  # from a request's arrival to its last token
+    slow_client_s: float = 30.0  # how long a client may read nothing while there is something to read
+    records: int = 1000  # how many requests /debug/requests/ remembers
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+LAST_WORDS_S = 1.0  # for the error that ends a stream to leave
+OPEN_PATHS = ("/health", "/live", "/ready")  # probes have no key
+
+
+class Frontend:
+    """An ASGI application, used as `async with`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizers: Mapping[str, Tokenizer],
+        rng: Random,
+        options: FrontendOptions = FrontendOptions(),
+    ) -> None:
+        self.metrics = metrics.Metrics()
+        self._backend = backend
+        self._tokenizers = tokenizers
+        self._rng = rng
+        self._options = options
+        self._records: dict[str, Record] = {}
+        self._deadlines: dict[asyncio.Timeout, None] = {}  # of the requests that run
+        self._since = 0
+        self._closes_s = math.inf  # by when every request must have ended; draining sets it
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._pulse = Pulse(0.1)
+        self._pulse_task: asyncio.Task[None] | None = None
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/": ("GET", self._show_hints),
+            "/v1/models": ("GET", self._list_models),
+            "/v1/completions": ("POST", lambda exchange: self._generate(exchange, openai.COMPLETIONS)),
+            "/v1/chat/completions": ("POST", lambda exchange: self._generate(exchange, openai.CHAT)),
+            "/health": ("GET", self._show_health),
+            "/live": ("GET", self._show_live),
+            "/ready": ("GET", self._show_ready),
+            "/metrics": ("GET", self._show_metrics),
+        }
+        self._prefix_routes: dict[str, tuple[str, Handler]] = {
+            "/v1/models/": ("GET", self._show_model),
+            "/debug/requests/": ("GET", self._show_record),
+        }
+
+    async def __aenter__(self) -> Frontend:
+        self._since = int(wall_s())
+        self._pulse_task = asyncio.create_task(self._pulse.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._pulse_task is not None:
+            self._pulse_task.cancel()
+            await asyncio.wait([self._pulse_task])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        if scope["type"] != "http":
+            raise NotImplementedError(f"penstock serves HTTP only, not {scope['type']}")
+        exchange = Exchange(scope, receive, send, self._new_id())
+        try:
+            await self._dispatch(exchange)
+        except Cancelled:
+            exchange.abort()
+        except Exception as error:
+            await self._refuse(exchange, self._explain(error))
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no new requests; those that run end within `grace_s`, by an error at last."""
+        self._closes_s = now() + grace_s
+        for deadline in self._deadlines:
+            deadline.reschedule(min(self._closes_s, deadline.when() or self._closes_s))
+        try:
+            async with asyncio.timeout_at(self._closes_s + 2 * LAST_WORDS_S):
+                await self._is_idle.wait()
+        except TimeoutError:
+            log.warning("%d requests did not end in time", self.metrics.inflight)
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._closes_s < math.inf
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """ASGI's lifespan, for servers other than `http_server`."""
+        await receive()
+        async with self:
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _new_id(self) -> str:
+        return f"{self._rng.getrandbits(96):024x}"
+
+    async def _dispatch(self, exchange: Exchange) -> None:
+        method, handler = self._find_route(exchange.path)
+        if exchange.path not in OPEN_PATHS:
+            self._check_key(exchange)
+        if exchange.method != method and (exchange.method, method) != ("HEAD", "GET"):
+            raise MethodNotAllowed(f"{exchange.path} is for {method}, not {exchange.method[:20]}")
+        await handler(exchange)
+
+    def _find_route(self, path: str) -> tuple[str, Handler]:
+        found = self._routes.get(path)
+        if found is None:
+            found = next((route for head, route in self._prefix_routes.items() if path.startswith(head)), None)
+        if found is None:
+            raise NotFound(f"there is nothing at {path[:200]}; GET / says what there is")
+        return found
+
+    def _check_key(self, exchange: Exchange) -> None:
+        key = self._options.api_key
+        given = exchange.headers.get(b"authorization", b"")
+        if key and not hmac.compare_digest(given, b"Bearer " + key.encode()):
+            problem = "the API key is wrong" if given else "this server needs an API key"
+            raise Unauthorized(f"{problem}; send the header Authorization: Bearer KEY")
+
+    # Answers
+
+    async def _generate(self, exchange: Exchange, dialect: Dialect) -> None:
+        arrived_s = now()
+        with self._admitted():
+            async with asyncio.timeout(self._options.timeout_s):
+                body = await exchange.read_body(self._options.body_bytes)
+            answer = self._understand(exchange, dialect, body, arrived_s)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    watcher = group.create_task(exchange.watch_client(self._options.slow_client_s))
+                    await self._answer(exchange, answer)
+                    watcher.cancel()
+            except* Cancelled as left:
+                answer.cancel(left.exceptions[0])
+                exchange.abort()
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Counts the request while inside the block. Raises Overloaded or WorkerDraining."""
+        if self._is_draining:
+            raise WorkerDraining("this server is shutting down; ask another one")
+        if self.metrics.inflight >= self._options.inflight:
+            raise Overloaded(f"{self.metrics.inflight} requests are running, the most that this server takes")
+        self.metrics.inflight += 1
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
+            self.metrics.inflight -= 1
+            if not self.metrics.inflight:
+                self._is_idle.set()
+
+    def _understand(self, exchange: Exchange, dialect: Dialect, body: bytes, arrived_s: float) -> Answer:
+        """Everything that can be refused without asking a worker is refused here."""
+        kind = exchange.headers.get(b"content-type", b"application/json")
+        if kind.partition(b";")[0].strip().lower() != b"application/json":
+            # Also what keeps web pages of other origins from asking: a browser sends them no other type unasked.
+            raise BadRequest("the body must be JSON; send the header Content-Type: application/json")
+        ask = dialect.parse(body)
+        card, tokenizer = self._find_model(ask.model)
+        for feature, name in ask.needs:
+            if feature not in card.supports:
+                raise Unsupported(f"the engine that serves {ask.model!r} has no {feature}; leave {name} out", name)
+        prompt = _encode_prompt(ask, tokenizer, card.max_context_tokens)
+        budget = openai.output_budget(len(prompt), ask.max_tokens, dialect.default_tokens, card.max_context_tokens)
+        seed = self._rng.getrandbits(63) if ask.seed is None else ask.seed
+        sampling = ask.sampling(budget, seed)
+        request = Request(exchange.id, ask.model, prompt, sampling, self._options.timeout_s)
+        if exchange.headers.get(b"x-penstock-timeline") == b"1":
+            ask = msgspec.structs.replace(ask, wants_timeline=True)
+        heading = Heading(dialect.id_prefix + request.id, int(wall_s()), ask.model)
+        answer = Answer(ask, dialect, request, tokenizer, heading, self.metrics.model(ask.model), arrived_s)
+        self._remember(exchange.name, answer)
+        return answer
+
+    def _find_model(self, name: str) -> tuple[ModelCard, Tokenizer]:
+        cards = self._backend.cards()
+        card, tokenizer = cards.get(name), self._tokenizers.get(name)
+        if tokenizer is None:
+            known = ", ".join(self._tokenizers)
+            raise UnknownModel(f"there is no model {name[:200]!r} here; there is {known}", "model")
+        if card is None:
+            raise NoWorker(f"no worker serves {name!r} now; try again, or start one")
+        return card, tokenizer
+
+    async def _answer(self, exchange: Exchange, answer: Answer) -> None:
+        """From the first token to the last byte. Answers errors as well: beyond the task group they are wrapped."""
+        try:
+            latest_s = min(answer.arrived_s + self._options.timeout_s, self._closes_s)
+            async with asyncio.timeout_at(latest_s) as deadline:
+                self._deadlines[deadline] = None
+                try:
+                    await (self._stream if answer.ask.is_stream else self._respond)(exchange, answer)
+                finally:
+                    del self._deadlines[deadline]
+        except Exception as error:
+            explained = self._explain(error)
+            answer.fail(explained)
+            await self._refuse(exchange, explained)
+
+    async def _stream(self, exchange: Exchange, answer: Answer) -> None:
+        async with self._backend.generate(answer.request) as stream:
+            while not answer.is_complete:
+                tokens, finish = await stream.read()
+                at_s = now()
+                events = answer.events(tokens, finish, at_s)
+                if not exchange.is_started:  # not sooner: what fails before the first token has its own status
+                    await exchange.begin()
+                    await exchange.write(answer.opening, at_s)
+                await exchange.write(events, at_s)
+        await exchange.end(answer.closing())
+
+    async def _respond(self, exchange: Exchange, answer: Answer) -> None:
+        texts: list[str] = []
+        async with self._backend.generate(answer.request) as stream:
+            while not answer.is_complete:
+                tokens, finish = await stream.read()
+                texts += answer.take(tokens, finish, now())
+        await exchange.respond(200, answer.body("".join(texts)))
+
+    # Errors
+
+    def _explain(self, error: Exception) -> PenstockError:
+        """What is told to the client."""
+        if isinstance(error, PenstockError):
+            return error
+        if isinstance(error, TimeoutError):
+            if self._is_draining:
+                return WorkerDraining("this server is shutting down; ask another one")
+            return DeadlineExceeded(f"not done after {self._options.timeout_s:g} s; ask for less at a time")
+        log.error("a request failed by a fault of this program", exc_info=error)
+        return PenstockError(f"a fault of this server: {type(error).__name__}; its log says more")
+
+    async def _refuse(self, exchange: Exchange, error: PenstockError) -> None:
+        metrics.count(self.metrics.errors, error.code or str(error.status))
+        if exchange.is_started:
+            await self._end_by(exchange, error)
+            return
+        headers = []
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        if isinstance(error, Unauthorized):
+            headers.append((b"www-authenticate", b"Bearer"))
+        if isinstance(error, MethodNotAllowed):
+            headers.append((b"allow", self._find_route(exchange.path)[0].encode()))
+        await exchange.respond(error.status, openai.error_body(error), headers=headers)
+
+    async def _end_by(self, exchange: Exchange, error: PenstockError) -> None:
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                await exchange.end(openai.error_event(error))
+        except TimeoutError:  # the client does not read
+            exchange.abort()
+
+    # What people and Prometheus want to see
+
+    def _remember(self, name: str, answer: Answer) -> None:
+        """Under the client's name for it, too; the oldest are forgotten."""
+        for key in (name, answer.request.id):
+            self._records.pop(key, None)
+            self._records[key] = answer.record
+        while len(self._records) > 2 * self._options.records:
+            del self._records[next(iter(self._records))]
+
+    async def _show_record(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix("/debug/requests/")
+        for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
+            name = name.removeprefix(prefix)
+        record = self._records.get(name)
+        if record is None:
+            raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
+        fields = msgspec.structs.asdict(record)
+        if record.timeline is not None:
+            fields["timeline"] = msgspec.structs.asdict(record.timeline)
+        await exchange.respond(200, msgspec.json.encode(fields))
+
+    async def _list_models(self, exchange: Exchange) -> None:
+        await exchange.respond(200, openai.models_body(self._served().values(), self._since))
+
+    async def _show_model(self, exchange: Exchange) -> None:
+        card, _ = self._find_model(exchange.path.removeprefix("/v1/models/"))
+        await exchange.respond(200, openai.model_body(card, self._since))
+
+    def _served(self) -> dict[str, ModelCard]:
+        return {name: card for name, card in self._backend.cards().items() if name in self._tokenizers}
+
+    async def _show_live(self, exchange: Exchange) -> None:
+        await exchange.respond(200, b'{"status":"live"}')
+
+    async def _show_ready(self, exchange: Exchange) -> None:
+        status = self._status()
+        await exchange.respond(200 if status == "ready" else 503, msgspec.json.encode({"status": status}))
+
+    async def _show_health(self, exchange: Exchange) -> None:
+        status = self._status()
+        standings = self._backend.standings().values()
+        fields = {
+            "status": status,
+            "version": __version__,
+            "models": list(self._served()),
+            "workers": {one.member.worker: one.member.role for one in standings},
+            "requests": self.metrics.inflight,
+        }
+        await exchange.respond(200 if status == "ready" else 503, msgspec.json.encode(fields))
+
+    def _status(self) -> Literal["ready", "draining", "no worker"]:
+        if self._is_draining:
+            return "draining"
+        return "ready" if self._served() else "no worker"
+
+    async def _show_metrics(self, exchange: Exchange) -> None:
+        page = metrics.render(self.metrics, self._backend.standings(), self._pulse.delay_p99_s)
+        await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
+
+    async def _show_hints(self, exchange: Exchange) -> None:
+        paths = "".join(f"  {method:4} {path}\n" for path, (method, _) in self._routes.items())
+        models = ", ".join(self._served()) or "no model yet"
+        text = f"penstock {__version__} serves {models}, as OpenAI's API does.\n\n{paths}"
+        await exchange.respond(200, text.encode(), b"text/plain; charset=utf-8")
+
+
+def _encode_prompt(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[int]:
+    """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
+    if ask.messages is not None:
+        name, prompt = "messages", tokenizer.encode_chat(ask.messages, context_tokens)
+    elif ask.text is not None:
+        name, prompt = "prompt", tokenizer.encode_text(ask.text, context_tokens)
+    else:
+        name, prompt = "prompt", ask.tokens or []
+        _check_tokens(prompt, "prompt", tokenizer)
+    _check_tokens(ask.stop_token_ids, "stop_token_ids", tokenizer)
+    if not prompt:
+        raise BadRequest(f"{name}: it makes no tokens", name)
+    return prompt
+
+
+def _check_tokens(tokens: Sequence[int], name: str, tokenizer: Tokenizer) -> None:
+    largest = max(tokens, default=0)
+    if largest >= tokenizer.vocab_size:
+        raise BadRequest(f"{name}: token {largest}; the model has {tokenizer.vocab_size} tokens, from 0 on", name)

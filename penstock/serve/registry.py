@@ -1,0 +1,84 @@
+"""The registry: workers join a frontend with one call and report through it; no other service is needed.
+
+worker --- join(Member) ------------>  frontend: announces it in its own discovery
+       --- Report, every `report_s` -->  renews it
+       <-- Seen, for each -------------  so that the worker knows that the frontend lives
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from penstock.cluster import Load, Member, Role, Standing
+from penstock.discovery.api import Discovery
+from penstock.errors import PenstockError
+from penstock.serve.rpc import Call, Endpoint
+
+log = logging.getLogger(__name__)
+
+
+class Report(msgspec.Struct, frozen=True):
+    """A worker's state."""
+
+    role: Role  # it may change while the worker lives
+    load: Load
+    draining: bool
+
+
+_decode_member = msgspec.msgpack.Decoder(Member).decode
+_decode_report = msgspec.msgpack.Decoder(Report).decode
+_decode_seen = msgspec.msgpack.Decoder(bool).decode
+
+
+async def stay_announced(discovery: Discovery, standing: Callable[[], Standing], report_s: float) -> None:
+    """Announces in a discovery that frontends watch, and reports there until cancelled."""
+    async with discovery.announce(standing().member) as announcement:
+        while True:
+            await announcement.renew(standing())
+            await asyncio.sleep(report_s)
+
+
+class Registry:
+    """Serves `join` in a frontend."""
+
+    def __init__(self, discovery: Discovery) -> None:
+        self._discovery = discovery
+
+    async def join(self, call: Call) -> None:
+        """Lists the caller for as long as the call lasts; its reports keep the entry alive."""
+        member = _decode_member(call.body)
+        log.info("%s (epoch %d, %s) joined from %s", member.worker, member.epoch, member.role, call.peer_name)
+        try:
+            async with self._discovery.announce(member) as announcement:
+                while (report := await call.receive(_decode_report)) is not None:
+                    member = msgspec.structs.replace(member, role=report.role)
+                    await announcement.renew(Standing(member, report.load, report.draining))
+                    call.send(True)
+        finally:
+            log.info("%s (epoch %d) left", member.worker, member.epoch)
+
+
+async def stay_joined(
+    endpoint: Endpoint, addresses: Sequence[str], standing: Callable[[], Standing], report_s: float
+) -> None:
+    """Joins the frontend at `addresses` and reports until cancelled; joins again whenever it is lost."""
+    retry_s = 0.1
+    while True:
+        try:
+            peer = await endpoint.peer(addresses)
+            member = standing().member
+            async with peer.call("join", member) as call:
+                while True:
+                    now = standing()
+                    call.send(Report(now.member.role, now.load, now.draining))
+                    await call.receive(_decode_seen)
+                    retry_s = 0.1
+                    await asyncio.sleep(report_s)
+        except PenstockError as error:
+            log.warning("no frontend at %s: %s; trying again in %.1f s", " ".join(addresses), error, retry_s)
+        await asyncio.sleep(retry_s)
+        retry_s = min(5.0, retry_s * 2)

@@ -1,0 +1,274 @@
+"""The router: knows the fleet, chooses a pair for each request, and follows the request on its decode worker.
+
+Until the first token it may try another worker without anybody noticing; after that a lost worker is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+
+import msgspec
+
+from penstock import clock
+from penstock.cluster import ModelCard, Standing
+from penstock.discovery.api import Discovery
+from penstock.errors import (
+    ConnectionLost,
+    NoWorker,
+    Overloaded,
+    PenstockError,
+    UnknownModel,
+    WorkerDraining,
+    WorkerLost,
+)
+from penstock.policy.ledger import Ledger
+from penstock.policy.routing import Ask, Choice, Facts, choose
+from penstock.request import Finish, Plan, Request, Timeline, Token
+from penstock.serve.decode import GenerateAsk, Output, decode_output
+from penstock.serve.rpc import Call, Endpoint
+
+log = logging.getLogger(__name__)
+
+Policy = Callable[[Ask, Sequence[Facts], Random], Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """`attempts` workers are tried before the first token; a worker that lost a request is avoided for `avoid_s`."""
+
+    attempts: int = 3
+    avoid_s: float = 2.0
+
+
+class Router:
+    """Used as `async with`; then `generate` for each request. Owns the ledger of what it has sent where."""
+
+    def __init__(
+        self,
+        discovery: Discovery,
+        endpoint: Endpoint,
+        rng: Random,
+        policy: Policy = choose,
+        options: RouterOptions = RouterOptions(),
+    ) -> None:
+        self.options = options
+        self.endpoint = endpoint
+        self._discovery = discovery
+        self._rng = rng
+        self._policy = policy
+        self._fleet: dict[str, Standing] = {}
+        self._ledger = Ledger()
+        self._streams: dict[Stream, None] = {}
+        self._avoid_until_s: dict[tuple[str, int], float] = {}
+        self._watcher: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> Router:
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait([self._watcher])
+
+    def standings(self) -> Mapping[str, Standing]:
+        """Live workers by name."""
+        return self._fleet
+
+    def cards(self) -> dict[str, ModelCard]:
+        """Models that live workers serve, by name."""
+        found: dict[str, ModelCard] = {}
+        for standing in self._fleet.values():
+            member = standing.member
+            limit = member.max_context_tokens
+            if (known := found.get(member.model)) is not None:
+                limit = min(limit, known.max_context_tokens)
+            found[member.model] = ModelCard(member.model, limit, member.supports)
+        return found
+
+    async def wait_ready(self, workers: int) -> None:
+        """Returns when `workers` workers are there."""
+        while len(self._fleet) < workers:
+            self._changed.clear()
+            await self._changed.wait()
+
+    @asynccontextmanager
+    async def generate(self, request: Request) -> AsyncIterator[Stream]:
+        """The request's tokens; leaving the block cancels what still runs. Raises NoWorker, UnknownModel."""
+        stream = Stream(self, request)
+        self._streams[stream] = None
+        try:
+            await stream.start()
+            yield stream
+        finally:
+            del self._streams[stream]
+            await stream.close()
+
+    # For Stream
+
+    def route(self, request: Request, avoid: Mapping[str, None]) -> tuple[Standing, Plan]:
+        """Chooses and books."""
+        choice = self._policy(_ask(request), self._usable(request.model, avoid), self._rng)
+        prefill = [self._fleet[name].member.hop for name in choice.prefill if name not in avoid]
+        self._ledger.book(request.id, choice.decode, (*choice.prefill, choice.decode)[0], len(request.prompt))
+        return self._fleet[choice.decode], Plan(choice.decode, tuple(prefill), choice.wait_s, choice.why)
+
+    def prefilled(self, request_id: str) -> None:
+        """The first token came."""
+        self._ledger.prefilled(request_id)
+
+    def release(self, request_id: str) -> None:
+        """The request is on no worker any more."""
+        self._ledger.release(request_id)
+
+    def avoid(self, standing: Standing) -> None:
+        """A worker just lost a request: prefer others for a moment."""
+        member = standing.member
+        self._avoid_until_s[(member.worker, member.epoch)] = clock.now() + self.options.avoid_s
+
+    def _usable(self, model: str, avoid: Mapping[str, None]) -> list[Facts]:
+        fleet = [standing for standing in self._fleet.values() if standing.member.model == model]
+        if self._fleet and not fleet:
+            raise UnknownModel(f"no worker serves {model!r}; there is {', '.join(self.cards())}", "model")
+        usable = [standing for standing in fleet if standing.member.worker not in avoid]
+        return [self._facts(standing) for standing in usable if not self._is_avoided(standing)] or [
+            self._facts(standing) for standing in usable
+        ]
+
+    def _is_avoided(self, standing: Standing) -> bool:
+        return self._avoid_until_s.get((standing.member.worker, standing.member.epoch), 0.0) > clock.now()
+
+    def _facts(self, standing: Standing) -> Facts:
+        member, load = standing.member, standing.load
+        booked = self._ledger.booked(member.worker)
+        return Facts(
+            worker=member.worker,
+            role=member.role,
+            shares_with=f"{member.memory} {member.layout}" if member.memory else "",
+            queued_tokens=max(load.queued_tokens, booked.prefill_tokens),
+            streams=max(load.running, booked.streams),
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            decode_step_s=load.decode_step_s,
+            is_draining=standing.draining,
+        )
+
+    async def _watch(self) -> None:
+        async for fleet in self._discovery.watch():
+            before, self._fleet = self._fleet, dict(fleet)
+            for name, standing in before.items():
+                now = fleet.get(name)
+                if now is None or now.member.epoch != standing.member.epoch:
+                    self._lose(standing)
+            self._changed.set()
+
+    def _lose(self, standing: Standing) -> None:
+        member = standing.member
+        log.warning("%s (epoch %d) is gone", member.worker, member.epoch)
+        self._avoid_until_s.pop((member.worker, member.epoch), None)
+        for stream in self._streams:
+            stream.worker_gone(standing)
+
+
+class Stream:
+    """One request on its way; see `Router.generate`."""
+
+    def __init__(self, router: Router, request: Request) -> None:
+        self._router = router
+        self._request = request
+        self._arrived_s = clock.now()
+        self._sent_s = 0.0
+        self._standing: Standing | None = None
+        self._call: Call | None = None
+        self._tried: dict[str, None] = {}
+        self._failures: list[str] = []
+        self._has_token = False
+
+    async def start(self) -> None:
+        """Opens the call on the chosen worker, or the next one that can be reached."""
+        while True:
+            self._standing, plan = self._router.route(self._request, self._tried)
+            try:
+                peer = await self._router.endpoint.peer(self._standing.member.addresses)
+                self._call = peer.call("generate", GenerateAsk(self._request, plan))
+            except ConnectionLost as error:
+                self._next_worker(error)
+            else:
+                self._sent_s = clock.now()
+                return
+
+    async def read(self) -> tuple[list[Token], Finish | None]:
+        """Waits for tokens, and the end with the last of them. Raises PenstockError if the request failed."""
+        while True:
+            try:
+                return self._take(await self._receive())
+            except (ConnectionLost, WorkerLost, WorkerDraining, Overloaded) as error:
+                if self._has_token:
+                    raise WorkerLost(f"{self._worker} was lost in mid-stream: {error}") from error
+                await self.close()
+                self._next_worker(error)
+                await self.start()
+
+    def worker_gone(self, standing: Standing) -> None:
+        """The fleet lost a worker: if it is ours, whoever reads learns it now."""
+        if self._standing is not None and self._call is not None:
+            ours, gone = self._standing.member, standing.member
+            if (ours.worker, ours.epoch) == (gone.worker, gone.epoch):
+                self._call.fail(WorkerLost(f"{gone.worker} left, or stopped reporting"))
+
+    async def close(self) -> None:
+        """Cancels what still runs. Idempotent."""
+        self._router.release(self._request.id)
+        if self._call is not None:
+            call, self._call = self._call, None
+            await call.__aexit__(None, None, None)
+
+    @property
+    def _worker(self) -> str:
+        return self._standing.member.worker if self._standing is not None else "no worker"
+
+    async def _receive(self) -> list[Output]:
+        if self._call is None:
+            raise WorkerLost(f"{self._request.id} is on no worker")
+        outputs = await self._call.receive_all(decode_output)
+        if not outputs:
+            raise WorkerLost(f"{self._worker} ended the request without saying why")
+        return outputs
+
+    def _take(self, outputs: list[Output]) -> tuple[list[Token], Finish | None]:
+        if not self._has_token:
+            self._has_token = True
+            self._router.prefilled(self._request.id)
+        finish = outputs[-1].finish
+        if finish is not None:
+            shifted = _shift(finish.timeline, self._sent_s - self._arrived_s, self._failures)
+            finish = msgspec.structs.replace(finish, timeline=shifted)
+        return [token for output in outputs for token in output.tokens], finish
+
+    def _next_worker(self, error: PenstockError) -> None:
+        """Raises `error` if nobody is left to try."""
+        if self._standing is not None:
+            self._router.avoid(self._standing)
+            self._tried[self._standing.member.worker] = None
+        self._failures.append(f"{self._worker}: {error}")
+        if len(self._tried) >= self._router.options.attempts or isinstance(error, NoWorker):
+            raise error
+        log.info("trying %s elsewhere: %s", self._request.id, error)
+
+
+def _ask(request: Request) -> Ask:
+    return Ask(len(request.prompt), request.sampling.max_tokens)
+
+
+_TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s", "ended_s")
+
+
+def _shift(timeline: Timeline, by_s: float, failures: list[str]) -> Timeline:
+    """The worker's timeline on the frontend's clock: seconds since the request's arrival here."""
+    times = {name: value + by_s for name in _TIMES if (value := getattr(timeline, name)) is not None}
+    return msgspec.structs.replace(timeline, **times, reached_worker_s=by_s, failures=[*failures, *timeline.failures])

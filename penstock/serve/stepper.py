@@ -1,0 +1,265 @@
+"""The loop that drives an engine: plan a step, compute it, hand out its results.
+
+Two kinds of sequences share it. Own ones live in this worker's region, take blocks as they grow and may be preempted.
+Guests are prefills for other workers, in their regions mapped here, with blocks granted by their owners. One step
+touches one region; own and guest steps take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+from penstock import clock
+from penstock.blocks import BlockId, Region
+from penstock.engine.api import Engine, Slice, Step
+from penstock.errors import OutOfBlocks, PenstockError
+from penstock.kv.lease import Lease, LeaseTable
+from penstock.kv.prefix_cache import PrefixCache
+from penstock.policy.batching import Batch, Limits, Want, plan_step
+from penstock.request import Sampling, Token
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One sequence being computed here. Changed by the stepper; by its owner only while it is not in a step.
+
+    `on_step` is called after each step it was in, with the token sampled, if one was. `on_admit` is called when an
+    own sequence starts or restarts, and may bring blocks with tokens that are computed already.
+    """
+
+    region: Region
+    tokens: list[int]
+    sampling: Sampling
+    on_step: Callable[[Token | None], None]
+    on_error: Callable[[PenstockError], None]
+    on_admit: Callable[[], None] | None = None  # None: a guest
+    computed: int = 0
+    blocks: list[BlockId] = field(default_factory=list)
+    preemptions: int = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast this worker has been lately: moving averages over its own steps, 0 until measured."""
+
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+
+    def saw_prefill(self, tokens: int, seconds: float) -> None:
+        if seconds > 0:
+            self.prefill_tokens_per_s = _blend(self.prefill_tokens_per_s, tokens / seconds)
+
+    def saw_decode(self, seconds: float) -> None:
+        self.decode_step_s = _blend(self.decode_step_s, seconds)
+
+
+def _blend(average: float, sample: float) -> float:
+    return sample if average == 0 else 0.8 * average + 0.2 * sample
+
+
+class Stepper:
+    """Owns what runs on one engine. `run` is its life; everything else is called from the same loop."""
+
+    def __init__(self, engine: Engine, region: Region, cache: PrefixCache, leases: LeaseTable, limits: Limits) -> None:
+        self.pace = Pace()
+        self.steps = 0
+        self.on_starved: Callable[[Lease], None] = lambda lease: None  # the decoder calls the youngest lease off
+        self._engine = engine
+        self._region = region
+        self._cache = cache
+        self._leases = leases
+        self._limits = limits
+        self._running: list[Run] = []  # by arrival
+        self._waiting: list[Run] = []
+        self._guests: list[Run] = []
+        self._in_step: list[Run] = []
+        self._after_step: list[Callable[[], None]] = []
+        self._guests_turn = False
+        self._wake = asyncio.Event()
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + len(self._guests)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens yet to be computed here."""
+        prefilling = (run.pending for run in (*self._running, *self._waiting, *self._guests))
+        return sum(pending for pending in prefilling if pending > 1)
+
+    def wait_for_turn(self, run: Run) -> None:
+        """Queues an own sequence that holds no blocks."""
+        self._waiting.append(run)
+        self._wake.set()
+
+    def join(self, run: Run) -> None:
+        """Takes in an own sequence whose blocks hold its prompt already."""
+        self._running.append(run)
+        self._wake.set()
+
+    def host(self, run: Run) -> None:
+        """Takes in a guest. Its owner wakes the stepper when more blocks are granted."""
+        self._guests.append(run)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Blocks were granted or freed: look again."""
+        self._wake.set()
+
+    def leave(self, run: Run, then: Callable[[], None]) -> None:
+        """Takes `run` out for good; `then` is called once no step touches its blocks any more. Idempotent per run."""
+        for queue in (self._running, self._waiting, self._guests):
+            if run in queue:
+                queue.remove(run)
+        if run in self._in_step:
+            self._after_step.append(then)
+        else:
+            then()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Steps until cancelled; then waits for the step that is being computed."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if chosen := self._next_step():
+                await self._compute(chosen)
+                self._wake.set()
+
+    def _next_step(self) -> list[tuple[Run, int]]:
+        plans = [self._plan_own, self._plan_guests]
+        if self._guests_turn:
+            plans.reverse()
+        for plan in plans:
+            if chosen := plan():
+                self._guests_turn = plan == self._plan_own
+                return chosen
+        return []
+
+    def _plan_own(self) -> list[tuple[Run, int]]:
+        if not self._running and not self._waiting:
+            return []
+        lease = self._leases.youngest_open()
+        batch = plan_step(
+            [_want(run) for run in self._running],
+            [_want(run) for run in self._waiting],
+            self._cache.available,
+            self._leases.promised_blocks,
+            self._region.layout.block_tokens,
+            self._limits,
+            may_preempt=lease is None,
+        )
+        if batch.starved and lease is not None:
+            self.on_starved(lease)  # who decodes outranks a lease that is not yet complete; it wakes us when it ends
+        return self._apply(batch)
+
+    def _apply(self, batch: Batch) -> list[tuple[Run, int]]:
+        for run in [self._running[index] for index in batch.preempt]:
+            self._preempt(run)
+        advance = [(self._running[index], tokens) for index, tokens in batch.advance]
+        admitted = [(self._waiting[index], tokens) for index, tokens in batch.admit]
+        for run, _ in admitted:
+            self._waiting.remove(run)
+            self._running.append(run)
+            if run.on_admit is not None:
+                run.on_admit()
+        return [(run, n) for run, tokens in advance + admitted if (n := self._give_blocks(run, tokens)) > 0]
+
+    def _preempt(self, run: Run) -> None:
+        self._cache.release(run.blocks)
+        run.blocks, run.computed = [], 0
+        run.preemptions += 1
+        self._running.remove(run)
+        self._waiting.insert(0, run)
+
+    def _give_blocks(self, run: Run, tokens: int) -> int:
+        """Makes room for the next `tokens` tokens; returns how many can be computed, 0 if blocks ran out."""
+        tokens = min(tokens, run.pending)
+        need = self._region.layout.blocks_for(run.computed + tokens) - len(run.blocks)
+        if need <= 0:
+            return tokens
+        try:
+            run.blocks += self._cache.take(need)
+        except OutOfBlocks:  # a preempted sequence shared its blocks, so fewer came free than were counted
+            return 0
+        return tokens
+
+    def _plan_guests(self) -> list[tuple[Run, int]]:
+        ready = [run for run in self._guests if _granted(run) > 0]
+        if not ready:
+            return []
+        together = [run for run in ready if run.region is ready[0].region]
+        batch = plan_step([_want(run) for run in together], [], 0, 0, ready[0].region.layout.block_tokens, self._limits)
+        return [(together[index], tokens) for index, tokens in batch.advance]
+
+    async def _compute(self, chosen: list[tuple[Run, int]]) -> None:
+        self._in_step = [run for run, _ in chosen]
+        started_s = clock.now()
+        try:
+            results = await _finish(self._engine.step(Step(chosen[0][0].region, [_slice(*each) for each in chosen])))
+        except PenstockError as error:
+            self._land()
+            for run, _ in chosen:
+                run.on_error(error)
+            return
+        except asyncio.CancelledError:
+            self._land()
+            raise
+        self.steps += 1
+        self._measure(chosen, clock.now() - started_s)
+        left = self._land()
+        for (run, tokens), token in zip(chosen, results, strict=True):
+            if run not in left:
+                run.computed += tokens
+                run.on_step(token)
+
+    def _land(self) -> list[Run]:
+        """The step is over: runs that left meanwhile let go of their blocks. Returns those runs."""
+        present = (*self._running, *self._waiting, *self._guests)
+        left = [run for run in self._in_step if run not in present] if self._after_step else []
+        self._in_step = []
+        callbacks, self._after_step = self._after_step, []
+        for then in callbacks:
+            then()
+        return left
+
+    def _measure(self, chosen: list[tuple[Run, int]], seconds: float) -> None:
+        decodes = sum(1 for run, _ in chosen if run.pending == 1)
+        if decodes == 0:
+            self.pace.saw_prefill(sum(tokens for _, tokens in chosen), seconds)
+        elif decodes == len(chosen):
+            self.pace.saw_decode(seconds)
+
+
+def _granted(run: Run) -> int:
+    return min(run.pending, len(run.blocks) * run.region.layout.block_tokens - run.computed)
+
+
+def _want(run: Run) -> Want:
+    return Want(run.pending, run.computed, len(run.blocks), may_take=run.on_admit is not None)
+
+
+def _slice(run: Run, tokens: int) -> Slice:
+    end = run.computed + tokens
+    is_last = end == len(run.tokens)
+    return Slice(run.tokens[run.computed : end], run.computed, run.blocks, run.sampling if is_last else None)
+
+
+async def _finish(step: Coroutine[None, None, list[Token | None]]) -> list[Token | None]:
+    """Awaits a step even if cancelled meanwhile: memory is being written until it returns."""
+    task = asyncio.ensure_future(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise

@@ -1,0 +1,238 @@
+"""A worker: one engine, one region of KV, and the calls it serves. Any worker can prefill and decode."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from penstock import clock
+from penstock.cluster import Load, Member, Role, Standing
+from penstock.engine.api import Engine
+from penstock.kv.lease import LeaseTable
+from penstock.kv.prefix_cache import PrefixCache
+from penstock.policy.batching import Limits
+from penstock.serve.decode import DecodeOptions, Decoder
+from penstock.serve.handoff import Lender
+from penstock.serve.prefill import Prefiller, PrefillOptions
+from penstock.serve.pulse import Pulse
+from penstock.serve.rpc import Call, Endpoint, Handler, RpcOptions
+from penstock.serve.stepper import Stepper
+from penstock.transport.api import Exported, Transport
+from penstock.wire.api import Wire
+
+log = logging.getLogger(__name__)
+
+_decode_role = msgspec.msgpack.Decoder(Role).decode
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """Everything a worker is told.
+
+    `kv_bytes` is the size of its region; 0 takes room for `kv_streams` full contexts, or what there is: on the
+    engine's own device all that is left, of host memory at most `kv_room_bytes`.
+    """
+
+    name: str
+    epoch: int
+    role: Role = "any"
+    model: str = ""
+    token: str = ""
+    addresses: Sequence[str] = ()
+    kv_bytes: int = 0
+    kv_streams: int = 16
+    kv_room_bytes: int = 1 << 30
+    pid: int = 0
+    limits: Limits = field(default_factory=Limits)
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    prefill: PrefillOptions = field(default_factory=PrefillOptions)
+    rpc: RpcOptions = field(default_factory=RpcOptions)
+    settle_retry_s: float = 0.5
+    kill_after_s: float = 30.0
+    pulse_s: float = 0.05
+
+
+class Worker:
+    """Used as `async with`: entering loads the engine, makes the region and listens.
+
+    Its `endpoint`, known once it is open, is there to call others with.
+    """
+
+    endpoint: Endpoint
+    _member: Member
+
+    def __init__(self, options: WorkerOptions, engine: Engine, wires: Mapping[str, Wire], transport: Transport) -> None:
+        self._options = options
+        self._engine = engine
+        self._wires = wires
+        self._transport = transport
+        self._stack = AsyncExitStack()
+        self._is_draining = False
+        self._methods: dict[str, Handler] = {}
+        self._lives: list[asyncio.Task[object]] = []
+
+    async def __aenter__(self) -> Worker:
+        try:
+            await self._open(self._stack)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def member(self) -> Member:
+        """How this worker announces itself; known once it is open."""
+        return self._member
+
+    def standing(self) -> Standing:
+        """The member and its report."""
+        return Standing(self._member, self.load(), self._is_draining)
+
+    def load(self) -> Load:
+        """The report that routers read."""
+        stepper, counters = self._stepper, self._decoder.counters
+        return Load(
+            at_s=clock.now(),
+            steps=stepper.steps,
+            waiting=stepper.waiting + self._prefiller.queued,
+            running=stepper.running,
+            queued_tokens=stepper.queued_tokens + self._prefiller.queued_tokens,
+            blocks=self._cache.blocks,
+            free_blocks=self._cache.available,
+            leased_blocks=self._leases.leased_blocks,
+            quarantined_blocks=self._cache.quarantined,
+            prefill_tokens_per_s=stepper.pace.prefill_tokens_per_s,
+            decode_step_s=stepper.pace.decode_step_s,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            output_tokens=counters.output_tokens,
+            preemptions=counters.preemptions,
+            handoffs=counters.handoffs,
+            handoff_failures=counters.handoff_failures,
+            in_place_bytes=counters.in_place_bytes,
+            loop_delay_p99_s=self._pulse.delay_p99_s,
+        )
+
+    async def serve(self, stay_known: Coroutine[None, None, None], leave: asyncio.Event, grace_s: float) -> None:
+        """Serves until `leave` is set, with `stay_known` telling the world; then drains for at most `grace_s`.
+
+        Raises if this worker's own machinery failed.
+        """
+        async with _background(stay_known), _background(leave.wait()) as leaving:
+            # Nothing in `lives` ends by itself: if one does, it failed, and so has this worker.
+            done, _ = await asyncio.wait((leaving, *self._lives), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            await self.drain(grace_s)
+
+    def prefer(self, role: Role) -> None:
+        """Takes another role from now on; routers hear of it with the next report."""
+        self._member = msgspec.structs.replace(self._member, role=role)
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes nothing new and returns when everything it had is done, at the latest after `grace_s`."""
+        self._is_draining = self._decoder.is_draining = self._prefiller.is_draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._decoder.wait_idle()
+                await self._prefiller.wait_idle()
+        except TimeoutError:
+            left = self._decoder.live + self._prefiller.live
+            log.warning("%s leaves %d requests unfinished after %.0f s", self._options.name, left, grace_s)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a block is unaccounted for."""
+        self._cache.check_integrity()
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        options, engine = self._options, self._engine
+        await stack.enter_async_context(engine)
+        exported = await stack.enter_async_context(
+            self._transport.export(options.name, options.epoch, engine.info.layout, self._count_blocks())
+        )
+        engine.attach(exported.region)
+        stack.callback(engine.detach, exported.region.key)
+        self.endpoint = endpoint = await stack.enter_async_context(
+            Endpoint(self._wires, options.token, self._methods, options.rpc)
+        )
+        bound = [await stack.enter_async_context(endpoint.listen(address)) for address in options.addresses]
+        self._member = self._describe(exported, bound)
+        self._assemble(exported, endpoint)
+        stack.push_async_callback(self._prefiller.close)
+        for life in (self._stepper.run(), self._pulse.run(), self._sweep()):
+            self._lives.append(await stack.enter_async_context(_background(life)))
+
+    def _count_blocks(self) -> int:
+        info = self._engine.info
+        wanted_bytes = self._options.kv_bytes
+        if not wanted_bytes:
+            full = self._options.kv_streams * info.layout.blocks_for(info.max_context_tokens) * info.layout.block_bytes
+            wanted_bytes = info.kv_room_bytes or min(full, self._options.kv_room_bytes)
+        return max(1, wanted_bytes // info.layout.block_bytes)
+
+    def _describe(self, exported: Exported, bound: Sequence[str]) -> Member:
+        options, info = self._options, self._engine.info
+        return Member(
+            worker=options.name,
+            epoch=options.epoch,
+            role=options.role,
+            model=options.model or info.model,
+            addresses=tuple(bound),
+            layout=info.layout,
+            blocks=exported.region.blocks,
+            max_context_tokens=min(info.max_context_tokens, exported.region.blocks * info.layout.block_tokens),
+            memory=self._transport.memory if info.shares_memory else "",
+            pid=options.pid,
+            engine=info.name,
+            supports=info.supports,
+        )
+
+    def _assemble(self, exported: Exported, endpoint: Endpoint) -> None:
+        options, engine = self._options, self._engine
+        self._cache = PrefixCache(exported.region.blocks)
+        self._leases = LeaseTable(self._cache, options.decode.lease_s)
+        self._stepper = Stepper(engine, exported.region, self._cache, self._leases, options.limits)
+        lender = Lender(
+            self._leases, exported, endpoint, options.settle_retry_s, options.kill_after_s, self._stepper.wake
+        )
+        self._decoder = Decoder(
+            *(self._member, engine.info.eos_token_ids, exported, self._cache, self._leases),
+            *(self._stepper, lender, endpoint, options.decode),
+        )
+        self._prefiller = Prefiller(self._member, engine, self._transport, self._stepper, options.prefill)
+        self._pulse = Pulse(options.pulse_s)
+        self._methods |= {
+            "generate": self._decoder.generate,
+            "prefill": self._prefiller.prefill,
+            "settle": self._prefiller.settle,
+            "prefer": self._serve_prefer,
+        }
+
+    async def _serve_prefer(self, call: Call) -> None:
+        self.prefer(_decode_role(call.body))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            await self._prefiller.release_regions()
+
+
+@asynccontextmanager
+async def _background(life: Coroutine[None, None, object]) -> AsyncIterator[asyncio.Task[object]]:
+    """Runs `life` while inside the block; its failure is raised at the end."""
+    task = asyncio.ensure_future(life)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.result()

@@ -1,0 +1,700 @@
+"""The frontend as clients meet it, over ASGI and in virtual time; real sockets are in test_http_server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.blocks import KvLayout
+from penstock.cluster import Load, Member, ModelCard, Standing
+from penstock.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    NoWorker,
+    Overloaded,
+    PenstockError,
+    WorkerLost,
+)
+from penstock.request import Request, Token
+from penstock.serve.frontend import Frontend
+from penstock.serve.text import Tokenizer
+from penstock.sim.loop import run_virtual
+from tests.serve.fake_backend import (
+    CARD,
+    Client,
+    FakeBackend,
+    News,
+    Script,
+    chat,
+    chat_body,
+    complete,
+    failing,
+    finish,
+    frontend,
+    get,
+    saying,
+    stuck,
+    tokens_of,
+)
+from tests.serve.tokenizers_made import byte_level
+
+Story = Callable[[Frontend, FakeBackend], Awaitable[None]]
+
+
+def play(story: Story, script: Script | None = None, **options: Any) -> None:
+    """Runs `story` in virtual time, and looks whether anything is left behind."""
+
+    async def bounded() -> None:
+        backend = FakeBackend() if script is None else FakeBackend(script)
+        async with asyncio.timeout(10_000), frontend(backend, **options) as app:
+            await story(app, backend)
+            assert backend.live == 0
+            assert app.metrics.inflight == 0
+
+    run_virtual(bounded())
+
+
+# Answers
+
+
+def test_a_chat() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, max_tokens=50)
+        assert client.status == 200
+        assert client.headers["content-type"] == "application/json"
+        answer = client.json
+        assert answer["choices"][0]["message"]["content"] == "water and power"
+        assert answer["choices"][0]["finish_reason"] == "length"
+        asked = backend.requests[0]
+        assert byte_level().decode(asked.prompt, skip_special_tokens=False) == "<|user|>water</s><|assistant|>"
+        assert asked.sampling.max_tokens == 50
+        usage = answer["usage"]
+        assert usage["prompt_tokens"] == len(asked.prompt)
+        assert usage["completion_tokens"] == len(tokens_of("water and power"))
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+
+    play(story)
+
+
+def test_a_chat_stream_has_one_event_for_each_token() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, stream=True, stream_options={"include_usage": True})
+        assert client.headers["content-type"] == "text/event-stream"
+        role, *tokens, last, usage, done = client.events
+        assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert len(tokens) == len(tokens_of("water and power"))
+        assert "".join(event["choices"][0]["delta"]["content"] for event in tokens) == "water and power"
+        assert [event["choices"][0]["finish_reason"] for event in (*tokens, last)] == [None] * len(tokens) + ["length"]
+        assert usage["usage"]["completion_tokens"] == len(tokens)
+        assert done == "[DONE]"
+        assert {event["id"] for event in (role, *tokens, last, usage)} == {"chatcmpl-" + backend.requests[0].id}
+
+    play(story)
+
+
+def test_completions_whole_and_streamed() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        whole = await complete(app)
+        assert whole.json["choices"][0]["text"] == "water and power"
+        streamed = await complete(app, stream=True)
+        *events, done = streamed.events
+        assert "".join(event["choices"][0]["text"] for event in events) == "water and power"
+        assert done == "[DONE]"
+        assert [request.sampling.max_tokens for request in backend.requests] == [16, 16]
+        assert backend.requests[0].prompt == byte_level().encode("water").ids
+
+    play(story)
+
+
+def test_several_tokens_in_one_read_are_several_events() -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield tokens_of("water and"), None
+        yield [], finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await complete(app, stream=True)
+        assert len(client.events) == len(tokens_of("water and")) + 2
+
+    play(story, script)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_stop_string_stops_the_workers(is_stream: bool) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await complete(app, stop=[" power"], stream=is_stream)  # the script never ends by itself
+        choices = [event["choices"][0] for event in client.events[:-1]] if is_stream else client.json["choices"]
+        assert "".join(choice["text"] for choice in choices) == "water and"
+        assert choices[-1]["finish_reason"] == "stop"
+
+    play(story, stuck(after="water and power and more"))
+
+
+def test_usage_counts_up_to_the_stop_string() -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield tokens_of("water and power"), finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        answer = (await complete(app, stop="water")).json
+        assert answer["choices"][0]["text"] == ""
+        assert answer["usage"]["completion_tokens"] == len(tokens_of("water"))
+
+    play(story, script)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_token_that_ends_an_answer_counts_and_is_not_shown(is_stream: bool) -> None:
+    last = tokens_of("power")[-1].id
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        options = {"stream": True, "stream_options": {"include_usage": True}} if is_stream else {}
+        client = await complete(app, stop_token_ids=[last], logprobs=1, **options)
+        events = client.events if is_stream else [client.json]
+        choices = [event["choices"][0] for event in events if event != "[DONE]" and event["choices"]]
+        text = "".join(choice["text"] for choice in choices)
+        shown = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+        assert text == byte_level().decode([token.id for token in tokens_of("power")][:-1])
+        assert "".join(shown) == text
+        assert choices[-1]["finish_reason"] == "stop"
+        usage = events[-2]["usage"] if is_stream else events[0]["usage"]
+        assert usage["completion_tokens"] == len(tokens_of("power"))
+
+    play(story, saying("power", finish("stop", last)))
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_logprobs(is_stream: bool) -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        assert request.sampling.logprobs == 1
+        first, second = tokens_of("ab")
+        yield [Token(first.id, -0.5, ((second.id, -0.25),)), Token(second.id, -1.0, ())], finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, logprobs=True, top_logprobs=1, stream=is_stream)
+        choices = [event["choices"][0] for event in client.events[:-1]] if is_stream else client.json["choices"]
+        shown = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+        assert shown == [
+            {
+                "token": "a",
+                "logprob": -0.5,
+                "bytes": [97],
+                "top_logprobs": [{"token": "b", "logprob": -0.25, "bytes": [98]}],
+            },
+            {"token": "b", "logprob": -1.0, "bytes": [98], "top_logprobs": []},
+        ]
+
+    play(story, script)
+
+
+def test_seeds_are_drawn_or_the_clients() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        for fields in ({}, {}, {"seed": 5}):
+            await complete(app, **fields)
+        first, second, third = (request.sampling.seed for request in backend.requests)
+        assert first != second
+        assert third == 5
+
+    play(story)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/x", 404),
+    ],
+)
+def test_wrong_paths_and_methods(method: str, path: str, status: int) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await Client(app).ask(method, path)
+        assert client.status == status
+        assert set(client.json["error"]) == {"message", "type", "param", "code"}
+        assert (status == 405) == ("allow" in client.headers)
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"model": "other"}, "model", "model_not_found"),
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"max_tokens": 200}, None, "context_length_exceeded"),
+        ({"prompt": "water " * 500}, None, "context_length_exceeded"),
+        ({"prompt": list(range(200))}, None, "context_length_exceeded"),
+        ({"prompt": "water " * 100_000}, None, "context_length_exceeded"),
+        ({"prompt": ""}, "prompt", None),
+        ({"prompt": [10_000]}, "prompt", None),
+        ({"stop_token_ids": [10_000]}, "stop_token_ids", None),
+    ],
+)
+def test_what_the_model_cannot_take_reaches_no_worker(
+    fields: dict[str, object], param: str | None, code: str | None
+) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await complete(app, **fields)
+        assert client.status == (404 if code == "model_not_found" else 400)
+        error = client.json["error"]
+        assert (error["param"], error["code"]) == (param, code)
+        assert code != "context_length_exceeded" or any(limit in error["message"] for limit in ("199", "200"))
+        assert not backend.requests
+
+    play(story)
+
+
+def test_a_feature_that_the_engine_lacks_is_refused_by_name() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models = {"demo": ModelCard("demo", 200)}
+        for name, value in (("temperature", 0.5), ("top_p", 0.5), ("top_k", 4), ("logprobs", 1)):
+            client = await complete(app, **{name: value})
+            assert (client.status, client.json["error"]["param"]) == (400, name)
+        assert (await complete(app, temperature=0)).status == 200
+
+    play(story)
+
+
+def test_a_model_without_a_template_has_no_chat() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        app = Frontend(backend, {"demo": Tokenizer(byte_level(), None, "demo")}, app._rng)
+        client = await chat(app)
+        assert client.status == 400
+        assert "no chat template" in client.json["error"]["message"]
+
+    play(story)
+
+
+def test_bodies_over_the_limit_are_not_read() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        declared = await Client(app).ask("POST", "/v1/completions", headers={"content-length": "101"}, chunks=[])
+        assert declared.status == 413
+        assert "100 bytes" in declared.json["error"]["message"]
+        chunks = [b" " * 60] * 1000
+        assert (await Client(app).ask("POST", "/v1/completions", chunks=chunks)).status == 413
+        absurd = await Client(app).ask("POST", "/v1/completions", headers={"content-length": "9" * 5000}, chunks=[])
+        assert absurd.status == 413
+
+    play(story, body_bytes=100)
+
+
+@pytest.mark.parametrize("chunks", [[b""], [b"{"], [b"[]"], [b"\xff"], [b'{"model":', b"1}"]])
+def test_bodies_that_are_no_request(chunks: list[bytes]) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await Client(app).ask("POST", "/v1/completions", chunks=chunks)
+        assert client.status == 400
+        assert client.json["error"]["type"] == "invalid_request_error"
+
+    play(story)
+
+
+def test_bodies_must_say_that_they_are_json() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        for kind, status in (("text/plain", 400), ("application/json; charset=utf-8", 200)):
+            client = await Client(app).ask("POST", "/v1/chat/completions", chat_body(), {"content-type": kind})
+            assert client.status == status
+
+    play(story)
+
+
+def test_the_key() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+            client = await get(app, "/v1/models", **headers)
+            assert client.status == 401
+            assert client.headers["www-authenticate"] == "Bearer"
+            assert client.json["error"]["code"] == "invalid_api_key"
+        assert (await get(app, "/v1/models", authorization="Bearer secret")).status == 200
+        assert (await chat(app)).status == 401
+        assert (await get(app, "/metrics")).status == 401
+        for path in ("/health", "/live", "/ready"):
+            assert (await get(app, path)).status == 200
+        assert "secret" not in repr(app._options)
+
+    play(story, api_key="secret")
+
+
+def test_a_full_house_says_when_to_come_back() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        async with asyncio.TaskGroup() as group:
+            first = Client(app)
+            group.create_task(first.ask("POST", "/v1/completions", {"model": "demo", "prompt": "water"}))
+            await backend.entered.wait()
+            second = await complete(app)
+            assert (second.status, second.headers["retry-after"]) == (503, "1")
+            assert second.json["error"]["code"] == "overloaded"
+            first.leave()
+        backend.script = saying("water")
+        assert (await complete(app)).status == 200
+
+    play(story, stuck(), inflight=1)
+
+
+# Failures
+
+
+ERRORS: list[tuple[Exception, int, str | None]] = [
+    (Overloaded("full", 2.5), 503, "overloaded"),
+    (NoWorker("nobody"), 503, "no_worker"),
+    (WorkerLost("gone"), 502, "worker_lost"),
+    (EngineFailed("broken"), 500, "engine_failed"),
+    (DeadlineExceeded("late"), 504, "deadline_exceeded"),
+    (PenstockError("odd"), 500, None),
+    (ZeroDivisionError("secret"), 500, None),
+]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(("error", "status", "code"), ERRORS)
+def test_failures_before_the_first_token_have_a_status(
+    error: Exception, status: int, code: str | None, is_stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, stream=is_stream)
+        assert client.status == status
+        assert client.json["error"]["code"] == code
+        assert ("retry-after" in client.headers) == (status == 503)
+        if isinstance(error, ZeroDivisionError):
+            assert "secret" not in client.json["error"]["message"]
+            assert "secret" in caplog.text
+
+    play(story, failing(error))
+
+
+@pytest.mark.parametrize(("error", "status", "code"), ERRORS)
+def test_failures_in_mid_stream_end_it_with_an_error(error: Exception, status: int, code: str | None) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        streamed = await complete(app, stream=True)
+        assert streamed.status == 200
+        *tokens, last = streamed.events
+        assert len(tokens) == len(tokens_of("water and"))
+        assert last["error"]["code"] == code
+        whole = await complete(app)
+        assert (whole.status, whole.json["error"]["code"]) == (status, code)
+
+    play(story, failing(error, after="water and"))
+
+
+def test_a_request_that_a_worker_gives_up_is_an_error() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await complete(app, stream=True)
+        assert (client.status, client.json["error"]["code"]) == (500, "engine_failed")
+
+    play(story, saying("a", finish("abort")))
+
+
+@pytest.mark.parametrize("after", ["", "water"])
+def test_the_deadline(after: str) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        assert (await complete(app)).status == 504
+        client = await complete(app, stream=True)
+        error = client.events[-1]["error"] if after else client.json["error"]
+        assert error["code"] == "deadline_exceeded"
+        assert asyncio.get_running_loop().time() == 40.0
+        assert backend.requests[0].timeout_s == 20.0
+
+    play(story, stuck(after), timeout_s=20.0)
+
+
+# Clients that leave
+
+
+async def leave_at(app: Frontend, backend: FakeBackend, is_stream: bool, moment: str) -> None:
+    client = Client(app)
+    body = {"model": "demo", "prompt": "water", "stream": is_stream}
+    async with asyncio.TaskGroup() as group:
+        group.create_task(client.ask("POST", "/v1/completions", body))
+        await backend.entered.wait()
+        if moment == "in mid-stream":
+            await client.got_part.wait()
+        client.leave()
+        await backend.left.wait()
+    assert not client.is_over
+    assert client.is_aborted
+
+
+@pytest.mark.parametrize(
+    ("is_stream", "moment", "after"),
+    [
+        (False, "before the first token", ""),
+        (False, "after some tokens", "water and"),
+        (True, "before the first token", ""),
+        (True, "in mid-stream", "water and"),
+    ],
+)
+def test_a_client_that_leaves_stops_the_workers(is_stream: bool, moment: str, after: str) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        await leave_at(app, backend, is_stream, moment)
+        record = (await get(app, "/debug/requests/" + backend.requests[0].id)).json
+        assert (record["state"], record["error"]) == ("cancelled", "the client left")
+
+    play(story, stuck(after))
+
+
+def test_a_client_that_leaves_before_its_body_is_whole() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = Client(app)
+        client.leave()
+        await client.ask("POST", "/v1/completions", chunks=[])
+        assert client.status == 0
+        assert not backend.requests
+
+    play(story)
+
+
+def test_a_client_that_sends_no_body_is_not_waited_for() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        assert (await Client(app).ask("POST", "/v1/completions", chunks=[])).status == 504
+
+    play(story)
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_client_that_does_not_read_is_cut(is_done: bool) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = Client(app)
+        client.may_read.clear()
+        await client.ask("POST", "/v1/completions", {"model": "demo", "prompt": "water", "stream": True})
+        assert client.is_aborted
+        assert 30 <= asyncio.get_running_loop().time() <= 40
+        record = (await get(app, "/debug/requests/" + backend.requests[0].id)).json
+        assert "read nothing for 30 s" in record["error"]
+
+    play(story, saying("water") if is_done else stuck("water and power"), slow_client_s=30.0)
+
+
+def test_a_client_that_does_not_read_gets_no_error_either() -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield tokens_of("water"), None
+        await asyncio.sleep(10)
+        raise EngineFailed("broken")
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = Client(app)
+        body = {"model": "demo", "prompt": "water", "stream": True}
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.ask("POST", "/v1/completions", body))
+            await asyncio.sleep(5)
+            client.may_read.clear()
+        assert client.is_aborted
+        assert asyncio.get_running_loop().time() == 11
+
+    play(story, script)
+
+
+def test_a_client_that_waits_long_is_left_in_peace() -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        await asyncio.sleep(200)
+        yield tokens_of("water"), None
+        await asyncio.sleep(200)
+        yield [], finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        assert (await complete(app, stream=True)).events[-1] == "[DONE]"
+
+    play(story, script, slow_client_s=5.0)
+
+
+# Shutting down
+
+
+def test_draining_lets_requests_end_and_takes_no_new_ones() -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        await asyncio.sleep(10)
+        yield tokens_of("water"), finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = Client(app)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.ask("POST", "/v1/completions", {"model": "demo", "prompt": "water"}))
+            await backend.entered.wait()
+            group.create_task(app.drain(30))
+            await asyncio.sleep(1)
+            refused = await complete(app)
+            assert (refused.status, refused.json["error"]["code"]) == (503, "worker_draining")
+            assert (await get(app, "/ready")).status == 503
+            assert (await get(app, "/live")).status == 200
+        assert client.status == 200
+        assert asyncio.get_running_loop().time() == 10
+
+    play(story, script)
+
+
+def test_draining_ends_what_does_not_end_by_an_error() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = Client(app)
+        body = {"model": "demo", "prompt": "water", "stream": True}
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.ask("POST", "/v1/completions", body))
+            await client.got_part.wait()
+            await app.drain(30)
+        assert client.events[-1]["error"]["code"] == "worker_draining"
+        assert asyncio.get_running_loop().time() == 30
+
+    play(story, stuck("water"))
+
+
+def test_other_servers_may_run_it() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        said: list[str] = []
+        orders = iter(["lifespan.startup", "lifespan.shutdown"])
+
+        async def receive() -> dict[str, str]:
+            return {"type": next(orders)}
+
+        async def send(message: Any) -> None:
+            said.append(message["type"])
+
+        fresh = frontend(backend)
+        await fresh({"type": "lifespan"}, receive, send)
+        assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+        with pytest.raises(NotImplementedError, match="websocket"):
+            await fresh({"type": "websocket"}, receive, send)
+
+    play(story)
+
+
+# What people and Prometheus see
+
+
+def test_models() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["untold"] = ModelCard("untold", 10)  # no tokenizer here
+        listed = (await get(app, "/v1/models")).json
+        assert [model["id"] for model in listed["data"]] == ["demo"]
+        assert (await get(app, "/v1/models/demo")).json == listed["data"][0]
+        assert listed["data"][0]["max_model_len"] == CARD.max_context_tokens
+
+    play(story)
+
+
+def test_health() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        assert (await get(app, "/health")).json["status"] == "ready"
+        assert b"POST /v1/completions" in (await get(app, "/")).body
+        assert (await Client(app).ask("HEAD", "/live")).status == 200
+        backend.models = {}
+        for path, status in (("/health", 503), ("/ready", 503), ("/live", 200)):
+            assert (await get(app, path)).status == status
+        client = await complete(app)
+        assert (client.status, client.json["error"]["code"]) == (503, "no_worker")
+
+    play(story)
+
+
+def test_a_request_can_be_looked_up_by_either_name() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        headers = {"x-request-id": "mine-1", "x-penstock-timeline": "1"}
+        client = await Client(app).ask("POST", "/v1/chat/completions", chat_body(), headers)
+        assert client.headers["x-request-id"] == "mine-1"
+        assert client.json["penstock"]["timeline"]["decode_worker"] == "decode-0"
+        record = (await get(app, "/debug/requests/mine-1")).json
+        assert record == (await get(app, "/debug/requests/" + client.json["id"])).json
+        assert (record["state"], record["finish_reason"], record["model"]) == ("finished", "length", "demo")
+        assert record["timeline"]["prefill_started_s"] == 0.1
+        assert (await get(app, "/debug/requests/unknown")).status == 404
+
+    play(story)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 129, "\r\nset-cookie: a"])
+def test_odd_request_ids_are_replaced(name: str) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await get(app, "/live", x_request_id=name)
+        assert client.headers["x-request-id"].isalnum()
+
+    play(story)
+
+
+def test_a_streams_last_choice_may_carry_the_timeline() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        *_, last, _ = (await chat(app, stream=True, penstock={"timeline": True})).events
+        assert last["penstock"]["timeline"]["decode_worker"] == "decode-0"
+        *_, last, _ = (await chat(app, stream=True)).events
+        assert "penstock" not in last
+
+    play(story)
+
+
+def test_old_records_are_forgotten() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        for _ in range(30):
+            await complete(app)
+        assert len(app._records) <= 10
+        assert (await get(app, "/debug/requests/" + backend.requests[-5].id)).status == 200
+        assert (await get(app, "/debug/requests/" + backend.requests[0].id)).status == 404
+
+    play(story, records=5)
+
+
+def samples(page: bytes) -> dict[tuple[str, frozenset[str]], float]:
+    families = text_string_to_metric_families(page.decode())
+    return {
+        (sample.name.removeprefix("penstock_"), frozenset(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        layout = KvLayout(1, 1, 8, 16, "float32")
+        member = Member("decode-0", 1, "decode", "demo", (), layout, blocks=100, max_context_tokens=200)
+        load = Load(blocks=100, free_blocks=75, running=2, handoffs=3, in_place_bytes=4096, cached_tokens=5)
+        backend.workers = {"decode-0": Standing(member, load)}
+        await complete(app)
+        await complete(app, model="other")
+        page = await get(app, "/metrics")
+        assert page.headers["content-type"].startswith("text/plain")
+        found = samples(page.body)
+        tokens = len(tokens_of("water and power"))
+        worker = ("decode-0", "decode", "demo")
+        expected = {
+            ("generation_tokens_total", "demo"): tokens,
+            ("prompt_tokens_total", "demo"): len(backend.requests[0].prompt),
+            ("time_to_first_token_seconds_count", "demo"): 1,
+            ("inter_token_latency_seconds_count", "demo"): tokens - 1,
+            ("inter_token_latency_seconds_bucket", "demo", "+Inf"): tokens - 1,
+            ("request_queue_time_seconds_sum", "demo"): 0.1,
+            ("request_success_total", "demo", "length"): 1,
+            ("request_errors_total", "model_not_found"): 1,
+            ("num_requests_running", *worker): 2,
+            ("kv_cache_usage_perc", *worker): 0.25,
+            ("handoffs_total", *worker): 3,
+            ("kv_bytes_total", *worker, "in-place"): 4096,
+            ("kv_bytes_total", *worker, "copied"): 0,
+            ("prefix_cache_hits_total", *worker): 5,
+            ("event_loop_delay_seconds", "frontend", "0.99"): 0,
+        }
+        assert {key: found[key[0], frozenset(key[1:])] for key in expected} == expected
+
+    play(story)
+
+
+# Anything at all
+
+scalars = st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | st.text(max_size=5)
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_size=3), scalars, max_size=2)
+FIELDS = ["model", "prompt", "messages", "max_tokens", "temperature", "stop", "stream", "logprobs", "seed", "n", "x"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), values, max_size=4), st.booleans())
+def test_any_body_gets_an_answer(fields: dict[str, object], is_chat: bool) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await (chat if is_chat else complete)(app, **fields)
+        assert client.is_over
+        assert client.status in (200, 400, 404)
+        if client.status != 200:
+            assert json.loads(client.body)["error"]["message"]
+
+    play(story)
