@@ -1,0 +1,127 @@
+"""An asyncio loop whose time jumps to the next timer: hours pass in seconds, and one seed gives one history.
+
+Timers that tie run in the order in which they were set. What would make a run depend on the machine (threads,
+sockets, subprocesses, signals) raises. When nothing is ready and no timer is set, everybody waits for somebody else:
+that is a deadlock, raised with the names of the tasks and what they wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import selectors
+from asyncio import events
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import Context
+from typing import Any, NoReturn, TypeVar
+
+from penstock import clock
+
+T = TypeVar("T")
+
+
+class Deadlock(RuntimeError):
+    """Nothing is ready and no timer is set."""
+
+
+class NotVirtual(RuntimeError):
+    """Something outside virtual time was asked for."""
+
+
+class _NoSelector(selectors.BaseSelector):
+    """Stands where asyncio wants a selector; nothing is ever registered but the loop's own wake-up pipe."""
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return selectors.SelectorKey(fileobj, 0, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return selectors.SelectorKey(fileobj, 0, 0, None)
+
+    def get_key(self, fileobj: Any) -> NoReturn:
+        raise KeyError(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return {}
+
+    def select(self, timeout: float | None = None) -> NoReturn:
+        raise NotVirtual("the virtual loop has no selector")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Starts at time 0."""
+
+    def __init__(self) -> None:
+        super().__init__(_NoSelector())
+        self._now_s = 0.0
+        self._order = 0
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+
+    def time(self) -> float:
+        return self._now_s
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = events.TimerHandle(when, callback, args, self, context)
+        self._order += 1
+        heapq.heappush(self._timers, (when, self._order, handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now_s + delay, callback, *args, context=context)
+
+    def _run_once(self) -> None:
+        """asyncio's own, less selector and thread-safe calls; called by run_forever."""
+        ready = self._ready  # type: ignore[attr-defined]
+        timers = self._timers
+        if not ready:
+            while timers and timers[0][2].cancelled():
+                heapq.heappop(timers)
+            if not timers:
+                raise Deadlock(f"nothing is ready and no timer is set at {self._now_s:.6f} s\n{self._who_waits()}")
+            self._now_s = max(self._now_s, timers[0][0])
+            while timers and timers[0][0] <= self._now_s:
+                handle = heapq.heappop(timers)[2]
+                if not handle.cancelled():
+                    ready.append(handle)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Cancelled timers are skipped when their time comes."""
+
+    def _who_waits(self) -> str:
+        lines = []
+        for task in sorted(asyncio.all_tasks(self), key=lambda task: task.get_name()):
+            stack = task.get_stack(limit=1)
+            where = f"{stack[-1].f_code.co_qualname}:{stack[-1].f_lineno}" if stack else "?"
+            lines.append(f"  {task.get_name()} in {where}")
+        return "\n".join(lines)
+
+    def run_in_executor(self, *_: object) -> NoReturn:
+        raise NotVirtual("a thread was asked for in virtual time")
+
+    def call_soon_threadsafe(self, *_: object, **__: object) -> NoReturn:
+        raise NotVirtual("another thread called into virtual time")
+
+    def add_reader(self, *_: object) -> NoReturn:
+        raise NotVirtual("a real file descriptor was watched in virtual time")
+
+    def add_writer(self, *_: object) -> NoReturn:
+        raise NotVirtual("a real file descriptor was watched in virtual time")
+
+    async def create_connection(self, *_: object, **__: object) -> NoReturn:
+        raise NotVirtual("a real socket was asked for in virtual time")
+
+    create_server = create_unix_connection = create_unix_server = create_connection
+    subprocess_exec = subprocess_shell = create_connection
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Runs `main` to its end in virtual time. Raises Deadlock if it can never get there."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner, clock.virtual(runner.get_loop().time):
+        return runner.run(main)

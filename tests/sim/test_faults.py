@@ -1,0 +1,345 @@
+"""The whole path on virtual time, under faults: no token is wrong, nothing hangs, nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from penstock import clock
+from penstock.engine.simulated import Options as EngineOptions
+from penstock.errors import PenstockError
+from penstock.policy.batching import Limits
+from penstock.serve.decode import DecodeOptions
+from penstock.serve.worker import WorkerOptions
+from penstock.sim.faults import Weather
+from penstock.sim.loop import run_virtual
+from penstock.sim.world import Answer, Shape, World
+
+SLOW = EngineOptions(prefill_token_s=1e-3)  # a prompt of 2,000 tokens takes two seconds, four chunks
+
+
+def test_prefill_in_place_is_right_and_copies_nothing() -> None:
+    async def story() -> None:
+        async with World(seed=1) as world:
+            answer = await world.ask(tokens=2_000, max_tokens=20)
+            assert answer.is_whole and answer.finish is not None
+            timeline = answer.finish.timeline
+            assert (timeline.path, timeline.prefill_worker) == ("in-place", "prefill-0")
+            assert (timeline.moved_tokens, timeline.copied_bytes) == (2_000, 0)
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_prefix_cached_at_decode_is_read_in_place() -> None:
+    async def story() -> None:
+        async with World(seed=1) as world:
+            first = list(range(200, 1_200))
+            assert (await world.ask(first)).is_whole
+            answer = await world.ask(first[:800] + list(range(5_000, 6_000)))
+            assert answer.is_whole and answer.finish is not None
+            assert answer.finish.timeline.cached_tokens == 800
+            assert answer.finish.timeline.moved_tokens == 1_000
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_prefill_that_dies_is_done_elsewhere_and_the_client_sees_only_time() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(prefill=2, engine=SLOW)) as world:
+            asking = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.9)
+            victim = next(name for name in ("prefill-0", "prefill-1") if world.engine(name).steps_begun)
+            world.crash(victim)
+            answer = await asking
+            assert answer.is_whole and answer.finish is not None
+            assert answer.finish.timeline.prefill_attempts == 2
+            assert victim in answer.finish.timeline.failures[0]
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_the_last_prefill_worker_dies_and_decode_does_it_itself() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+            asking = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.9)
+            world.crash("prefill-0")
+            answer = await asking
+            assert answer.is_whole and answer.finish is not None
+            assert answer.finish.timeline.path == "local"
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_prefill_worker_frozen_past_its_lease_wakes_and_writes_into_nobodys_blocks() -> None:
+    async def story() -> None:
+        shape = Shape(engine=SLOW, kv_blocks=260)  # so small that quarantined blocks would soon be wanted
+        async with World(seed=1, shape=shape) as world:
+            asking = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.9)
+            world.freeze("prefill-0")
+            assert (await asking).is_whole
+            assert world.workers["decode-0"].load().quarantined_blocks > 0
+            asking_again = asyncio.create_task(world.ask(tokens=1_000, max_tokens=200))
+            await asyncio.sleep(0.5)
+            world.thaw("prefill-0")
+            assert (await asking_again).is_whole
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_prefill_worker_that_stays_frozen_is_killed_and_its_blocks_come_back() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+            asking = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.9)
+            world.freeze("prefill-0")
+            assert (await asking).is_whole
+            await world.settle(within_s=60)
+            assert "prefill-0" not in world.workers
+
+    run_virtual(story())
+
+
+def test_a_decode_worker_lost_before_the_first_token_is_replaced() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(decode=2, engine=SLOW)) as world:
+            asking = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.9)
+            holder = next(name for name in ("decode-0", "decode-1") if world.workers[name].load().leased_blocks)
+            world.crash(holder)
+            assert (await asking).is_whole
+            await world.settle()
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("misfortune", ["crash", "freeze"])
+def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_never_silence(misfortune: str) -> None:
+    async def story() -> None:
+        async with World(seed=1) as world:
+            asking = asyncio.create_task(world.ask(tokens=200, max_tokens=10_000))
+            await asyncio.sleep(1)
+            getattr(world, misfortune)("decode-0")
+            answer = await asking
+            assert isinstance(answer.error, PenstockError) and "decode-0" in str(answer.error)
+            assert len(answer.tokens) > 50 and answer.is_right_so_far
+            assert answer.ended_s < 20
+
+    run_virtual(story())
+
+
+def test_a_restarted_worker_comes_back_under_a_new_epoch() -> None:
+    async def story() -> None:
+        async with World(seed=1) as world:
+            assert (await world.ask(tokens=500)).is_whole
+            for name in ("decode-0", "prefill-0"):
+                world.crash(name)
+                world.start(name)
+            await asyncio.sleep(2)
+            answer = await world.ask(tokens=500)
+            assert answer.is_whole and answer.finish is not None
+            assert answer.finish.timeline.cached_tokens == 0
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_clients_that_leave_at_any_time_leave_nothing_behind() -> None:
+    async def story() -> None:
+        async with World(seed=3, shape=Shape(engine=SLOW)) as world:
+            asking = [asyncio.create_task(world.ask(tokens=700, max_tokens=40)) for _ in range(24)]
+            for index, task in enumerate(asking):
+                await asyncio.sleep(0.1 + 0.05 * index)
+                task.cancel()
+            await asyncio.wait(asking)
+            await world.settle(within_s=5)
+
+    run_virtual(story())
+
+
+def test_a_small_pool_preempts_calls_leases_off_and_still_answers_everybody() -> None:
+    async def story() -> None:
+        shape = Shape(kv_blocks=60, worker=replace(WorkerOptions("", 0), limits=Limits(step_tokens=64)))
+        async with World(seed=4, shape=shape) as world:
+            asking = [asyncio.create_task(world.ask(tokens=40 + 25 * i, max_tokens=200)) for i in range(20)]
+            answers = await asyncio.gather(*asking)
+            assert all(answer.is_whole for answer in answers)
+            assert sum(a.finish.timeline.preemptions for a in answers if a.finish) > 0
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_running_requests_outrank_a_lease_that_is_not_complete() -> None:
+    async def story() -> None:
+        async with World(seed=2, shape=Shape(kv_blocks=100, engine=SLOW)) as world:
+            running = asyncio.create_task(world.ask(tokens=10, max_tokens=1_000))  # will want 64 blocks
+            await asyncio.sleep(0.6)
+            borrowing = asyncio.create_task(world.ask(tokens=1_200, max_tokens=8))  # 75 blocks, 1.2 s
+            for answer in await asyncio.gather(running, borrowing):
+                assert answer.is_whole
+            assert borrowing.result().finish is not None
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_late_write_cannot_hit_blocks_that_serve_somebody_else() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
+            leaving = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.6)  # in the middle of the second chunk
+            world.freeze("prefill-0")
+            leaving.cancel()
+            await asyncio.sleep(0.01)
+            others = [asyncio.create_task(world.ask(tokens=300, max_tokens=100)) for _ in range(4)]
+            await asyncio.sleep(0.9)
+            world.thaw("prefill-0")
+            assert all(answer.is_whole for answer in await asyncio.gather(*others))
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_chunk_in_progress_keeps_its_blocks_until_it_has_ended() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
+            leaving = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.6)  # early in the second chunk, most of which is yet to be written
+            world.engine("prefill-0").freeze()  # a slow kernel: the process lives and answers
+            leaving.cancel()
+            world.drain("prefill-0")  # so that the next requests are prefilled at decode, at once
+            others = [asyncio.create_task(world.ask(tokens=20, max_tokens=200)) for _ in range(9)]
+            await asyncio.sleep(1)
+            world.engine("prefill-0").thaw()
+            assert all(answer.is_whole for answer in await asyncio.gather(*others))
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_seeded_sampling_is_the_same_whoever_serves_it() -> None:
+    async def story() -> list[Answer]:
+        async with World(seed=1, shape=Shape(prefill=0, decode=0, either=2)) as world:
+            prompt = list(range(300, 400))
+            return [await world.ask(prompt, max_tokens=30, seed=7) for _ in range(6)]
+
+    answers = run_virtual(story())
+    assert all(answer.is_whole for answer in answers)
+    assert {tuple(a.tokens) for a in answers} == {tuple(answers[0].tokens)}
+    assert len({a.finish.timeline.decode_worker for a in answers if a.finish}) == 2
+
+
+def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(decode=2)) as world:
+            asking = [asyncio.create_task(world.ask(tokens=100, max_tokens=400)) for _ in range(6)]
+            await asyncio.sleep(1)
+            world.drain("decode-0")
+            await asyncio.sleep(1)
+            later = await world.ask(tokens=100)
+            assert later.is_whole and later.finish is not None
+            assert later.finish.timeline.decode_worker == "decode-1"
+            assert all(answer.is_whole for answer in await asyncio.gather(*asking))
+
+    run_virtual(story())
+
+
+def test_the_deadline_of_a_request_holds_on_the_worker() -> None:
+    async def story() -> None:
+        async with World(seed=1) as world:
+            answer = await world.ask(tokens=100, max_tokens=7_000, timeout_s=2.0)
+            assert type(answer.error).__name__ == "DeadlineExceeded" and answer.is_right_so_far
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_roles_change_while_serving() -> None:
+    async def story() -> None:
+        async with World(seed=1) as world:
+            before = await world.ask(tokens=2_000)
+            for name, role in (("prefill-0", "decode"), ("decode-0", "prefill")):
+                peer = await world.router.endpoint.peer(world.workers[name].member.addresses)
+                async with peer.call("prefer", role) as call:
+                    await call.receive(lambda raw: raw)
+            await asyncio.sleep(1)
+            after = await world.ask(tokens=2_000)
+            for answer, pair in ((before, ("prefill-0", "decode-0")), (after, ("decode-0", "prefill-0"))):
+                assert answer.is_whole and answer.finish is not None
+                timeline = answer.finish.timeline
+                assert (timeline.prefill_worker, timeline.decode_worker) == pair
+
+    run_virtual(story())
+
+
+async def stormy(seed: int, weather: Weather) -> list[Answer]:
+    """Random clients under random misfortunes; then the sky clears and everything must come to rest."""
+    rng = Random(seed)
+    engine = EngineOptions(prefill_token_s=rng.choice([1e-4, 1e-3]), step_s=0.01)
+    worker = WorkerOptions("", 0, decode=DecodeOptions(lease_s=2.0), kill_after_s=8.0)
+    shape = Shape(prefill=2, decode=2, engine=engine, kv_blocks=rng.choice([100, 400]), worker=worker)
+    async with World(seed, shape, weather) as world:
+        asking: list[asyncio.Task[Answer]] = []
+        for _ in range(12):
+            tokens, leave = rng.randrange(1, 1_200), rng.choice([None, None, 3])
+            asking.append(asyncio.create_task(world.ask(tokens=tokens, max_tokens=30, leave_after=leave)))
+            await asyncio.sleep(rng.random())
+            await misfortune(rng, world)
+        world.weather = Weather()
+        for name in world.workers:
+            world.thaw(name)
+        answers = await asyncio.gather(*asking)
+        await world.settle()
+        assert clock.now() < 300
+        return answers
+
+
+async def misfortune(rng: Random, world: World) -> None:
+    name = rng.choice(["prefill-0", "prefill-1", "decode-0", "decode-1"])
+    kind = rng.choice(["crash", "freeze", "thaw", "none", "none", "none"])
+    if name not in world.workers:
+        world.start(name)
+    elif kind == "crash":
+        world.crash(name)
+    elif kind == "freeze":
+        world.freeze(name)
+    elif kind == "thaw":
+        world.thaw(name)
+
+
+WEATHERS = {
+    "calm": Weather(),
+    "reordering": Weather(jitter_s=0.05),
+    "repeating": Weather(repeat=0.3, jitter_s=0.01),
+    "lossy": Weather(drop=0.02),
+    "all": Weather(drop=0.01, repeat=0.1, jitter_s=0.02),
+}
+
+
+@pytest.mark.parametrize("weather", WEATHERS)
+@pytest.mark.parametrize("seed", range(8))
+def test_storms(seed: int, weather: str) -> None:
+    answers = run_virtual(stormy(seed, WEATHERS[weather]))
+    for answer in answers:
+        assert answer.is_right_so_far, "a wrong token"
+        assert answer.error is not None or answer.tokens, "silence"
+        if answer.finish is not None:
+            assert answer.is_whole
+
+
+def test_one_seed_gives_one_history() -> None:
+    def history() -> list[tuple[list[int], str, float]]:
+        answers = run_virtual(stormy(5, WEATHERS["all"]))
+        return [(a.tokens, str(a.error), a.ended_s) for a in answers]
+
+    assert history() == history()
