@@ -1,0 +1,62 @@
+"""Where a server listens, and who may know."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from penstock.cli import sockets
+from penstock.config import ListenSettings
+from penstock.errors import SetupError, UnsafeBind
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    sockets.check_exposure(ListenSettings(host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
+def test_anything_else_does(host: str) -> None:
+    with pytest.raises(UnsafeBind, match="PENSTOCK_API_KEY"):
+        sockets.check_exposure(ListenSettings(host=host))
+    sockets.check_exposure(ListenSettings(host=host, api_key="key"))
+
+
+def test_both_sockets_listen_and_tell_where() -> None:
+    http, registry = sockets.listen_at_both(ListenSettings(port=0))
+    with http, registry:
+        for listener in (http, registry):
+            host, port = sockets.split_address(sockets.address_of(listener))
+            socket.create_connection((host, port)).close()
+
+
+def test_a_wildcard_is_reached_over_loopback() -> None:
+    with sockets.listen_at("0.0.0.0", 0, "--port") as listener:
+        assert sockets.address_of(listener) == f"127.0.0.1:{sockets.port_of(listener)}"
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(SetupError, match=r"cannot listen at 192\.0\.2\.1"):
+        sockets.listen_at("192.0.2.1", 0, "--port")  # an address for documentation, nobody's
+
+
+@pytest.mark.parametrize(("text", "parts"), [("h:1", ("h", 1)), ("[::1]:8001", ("::1", 8001))])
+def test_addresses_are_split(text: str, parts: tuple[str, int]) -> None:
+    assert sockets.split_address(text) == parts
+
+
+def test_our_address_on_the_way() -> None:
+    assert sockets.address_towards("127.0.0.1:8001") == "127.0.0.1"
+    assert sockets.address_towards("") == "127.0.0.1"
+
+
+def test_a_descriptor_that_is_no_socket_is_refused() -> None:
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(SetupError, match="no socket"):
+            sockets.adopt(reading)
+    finally:
+        os.close(reading)
+        os.close(writing)
