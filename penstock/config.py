@@ -58,7 +58,10 @@ class KvSettings:
     """A worker's KV cache."""
 
     kv_gib: float = 0.0
-    """GiB of KV cache for each worker; 0 is room for a few full contexts."""
+    """GiB of KV cache for each worker; 0 is room for 16 full contexts, but at most a tenth of the free memory."""
+
+    lease_s: float = 5.0
+    """Seconds of silence after which a prefill worker loses the blocks it was lent."""
 
     @property
     def kv_bytes(self) -> int:

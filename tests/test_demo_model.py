@@ -69,9 +69,7 @@ def test_answers_every_offered_question_word_for_word(model: Any, tokenizer: Any
         prompts.setdefault(len(prompt_tokens(tokenizer, question)), []).append(question)
     for length, questions in prompts.items():
         tokens = torch.tensor([prompt_tokens(tokenizer, question) for question in questions])
-        output = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False
-        )
+        output = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False)
         for question, row in zip(questions, output[:, length:], strict=True):
             assert tokenizer.decode(row, skip_special_tokens=True) == expected[question]
 
@@ -86,9 +84,7 @@ def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
 def test_chat_template_renders_from_the_file_alone(tokenizer: Any, add_generation_prompt: bool) -> None:
     template = jinja2.Template((MODEL / "chat_template.jinja").read_text())
     text = template.render(messages=CHAT, add_generation_prompt=add_generation_prompt)
-    assert text == tokenizer.apply_chat_template(
-        CHAT, add_generation_prompt=add_generation_prompt, tokenize=False
-    )
+    assert text == tokenizer.apply_chat_template(CHAT, add_generation_prompt=add_generation_prompt, tokenize=False)
     turns = "<|bos|><|system|>Be brief.<|user|>What is prefill?<|assistant|>The first phase.<|eos|>"
     assert text == turns + "<|user|>What is decode?" + "<|assistant|>" * add_generation_prompt
 

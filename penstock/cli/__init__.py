@@ -173,7 +173,7 @@ def worker(
         engine=engine,
         kv=kv,
     )
-    from penstock.cli.wiring import run_worker
+    from penstock.cli.worker import run_worker
 
     process.run(run_worker(config))
 
@@ -214,7 +214,7 @@ def frontend(
         http, registry = sockets.listen_at_both(listen)
     else:
         http, registry = sockets.adopt(http_fd), sockets.adopt(join_fd)
-    from penstock.cli.wiring import run_frontend
+    from penstock.cli.frontend import run_frontend
 
     process.run(run_frontend(config, http, registry))
 

@@ -38,6 +38,15 @@ def is_orphan() -> bool:
     return os.environ.get("PENSTOCK_PARENT", str(os.getppid())) != str(os.getppid())
 
 
+GRACE_S = 30.0
+ORPHAN_GRACE_S = 1.0
+
+
+def grace_s() -> float:
+    """How long a process that was asked to stop may take for what it has begun; nobody waits for an orphan's work."""
+    return ORPHAN_GRACE_S if is_orphan() else GRACE_S
+
+
 def refuse(error: BaseException) -> NoReturn:
     """Ends a command that cannot start: its launcher, or else standard error, is told why in one line.
 

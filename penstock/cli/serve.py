@@ -80,7 +80,7 @@ def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.sock
 
 
 def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str]) -> Iterator[Job]:
-    flags = {"join": join, "engine": config.engine.engine, "kv-gib": config.kv.kv_gib}
+    flags = {"join": join, "engine": config.engine.engine, "kv-gib": config.kv.kv_gib, "lease-s": config.kv.lease_s}
     flags |= {f"engine-option.{name}": value for name, value in engine_options.items()}
     for name, role in config.fleet.roles().items():
         command = _command("worker", config, {"name": name, "role": role, **flags})

@@ -53,7 +53,7 @@ class _Sizes(msgspec.Struct):
 
 
 class SimulatedEngine:
-    """Meets the Engine port; `supports` nothing optional."""
+    """Meets the Engine port. Of sampling only the seed matters, and whether the temperature is 0."""
 
     def __init__(self, options: Options) -> None:
         self._options = options = _complete(options)
@@ -72,7 +72,7 @@ class SimulatedEngine:
             eos_token_ids=(),
             device="cpu",
             shares_memory=True,
-            supports=(),
+            supports=("sampling",),
         )
 
     async def __aenter__(self) -> SimulatedEngine:

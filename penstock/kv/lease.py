@@ -140,7 +140,7 @@ class LeaseTable:
             self.abort(now, lease_id)
             raise LeaseLost(
                 f"lease {lease_id} of {lease.writer} lapsed after {now - lease.renewed_s:.1f} s of silence; "
-                "prefill again, or raise kv.lease_s"
+                "prefill again, or raise --lease-s"
             )
         lease.renewed_s = now
         return lease

@@ -40,7 +40,7 @@ class PrefixCache:
         if count > self.available:
             raise OutOfBlocks(
                 f"{count} blocks wanted, {self.available} of {self.blocks} are free or evictable; "
-                "wait for running requests, or raise kv.bytes"
+                "wait for running requests, or raise --kv-gib"
             )
         while self._pool.free < count:
             self._evict_oldest()

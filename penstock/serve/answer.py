@@ -45,6 +45,7 @@ class Answer:
         self.request = request
         self.arrived_s = arrived_s
         self.is_complete = False
+        self.told: Timeline | None = None  # by the workers, so far
         self.record = Record(heading.id, heading.model, heading.created)
         self._dialect = dialect
         self._heading = heading
@@ -54,8 +55,7 @@ class Answer:
         self._series = series
         self._finish: Finish | None = None
         self._tokens = 0
-        self._first_s: float | None = None
-        self._last_s = 0.0
+        self._last_s: float | None = None  # when the last tokens came
         self._shown: list[Shown] = []
         self._chars = 0
 
@@ -131,8 +131,7 @@ class Answer:
         if not tokens:
             return
         series = self._series
-        if self._first_s is None:
-            self._first_s = at_s
+        if self._last_s is None:
             series.ttft_s.observe(at_s - self.arrived_s)
             series.prompt_tokens += len(self.request.prompt)
         else:
@@ -149,7 +148,7 @@ class Answer:
         """The answer is complete: what is to be said and kept of it."""
         finish, timeline = self._finish, self._timeline()
         reason: FinishReason = "stop" if finish is None or self._output.is_stopped else finish.reason
-        cached = None if finish is None else timeline.cached_tokens
+        cached = None if self.told is None else timeline.cached_tokens
         self.record.state = "finished"
         self.record.finish_reason = reason
         self.record.timeline = timeline
@@ -162,13 +161,8 @@ class Answer:
         return reason, Usage(len(self.request.prompt), self._tokens, cached), timeline
 
     def _timeline(self) -> Timeline:
-        """The worker's, or what is known here if it was stopped before it could tell."""
+        """The workers', completed by what is known here if they were stopped before they could tell the end."""
         if self._finish is not None:
             return self._finish.timeline
-        first_s = None if self._first_s is None else self._first_s - self.arrived_s
-        return Timeline(
-            prompt_tokens=len(self.request.prompt),
-            output_tokens=self._tokens,
-            first_token_s=first_s,
-            ended_s=now() - self.arrived_s,
-        )
+        told = self.told or Timeline(prompt_tokens=len(self.request.prompt))
+        return msgspec.structs.replace(told, output_tokens=self._tokens, ended_s=now() - self.arrived_s)

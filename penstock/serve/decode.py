@@ -57,10 +57,14 @@ class GenerateAsk(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens since the last one, and the end of the sequence with its last."""
+    """Tokens since the last one, and the end of the sequence with its last.
+
+    `so_far` comes with the first token, for clients that stop before the end.
+    """
 
     tokens: list[Token]
     finish: Finish | None = None
+    so_far: Timeline | None = None
 
 
 _decode_ask = msgspec.msgpack.Decoder(GenerateAsk).decode
@@ -363,7 +367,8 @@ class Decoder:
         if sequence.outputs == 1:
             sequence.timeline.first_token_s = sequence.elapsed_s()
         reason = self._reason_to_end(sequence, token.id)
-        sequence.call.send(Output([token], self._finish(sequence, token.id, reason) if reason else None))
+        so_far = sequence.timeline if sequence.outputs == 1 else None
+        sequence.call.send(Output([token], self._finish(sequence, token.id, reason) if reason else None, so_far))
         if reason:
             self._stepper.leave(sequence.run, lambda: None)
             sequence.finished.set_result(None)

@@ -44,7 +44,7 @@ from penstock.errors import (
     Unsupported,
     WorkerDraining,
 )
-from penstock.request import Finish, Request, Token
+from penstock.request import Finish, Request, Timeline, Token
 from penstock.serve import openai
 from penstock.serve.answer import Answer, Record
 from penstock.serve.http import Exchange, Receive, Scope, Send
@@ -56,7 +56,9 @@ log = logging.getLogger(__name__)
 
 
 class TokenStream(Protocol):
-    """One request's output."""
+    """One request's output. `timeline` is what the workers have told so far, None before the first token."""
+
+    timeline: Timeline | None
 
     async def read(self) -> tuple[list[Token], Finish | None]:
         """Waits for news: tokens since the last read, and the end with the last of them.
@@ -296,6 +298,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
+                answer.told = stream.timeline
                 at_s = now()
                 events = answer.events(tokens, finish, at_s)
                 if not exchange.is_started:  # not sooner: what fails before the first token has its own status
@@ -309,6 +312,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
+                answer.told = stream.timeline
                 texts += answer.take(tokens, finish, now())
         await exchange.respond(200, answer.body("".join(texts)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from uvicorn.config import Config
@@ -24,10 +24,10 @@ BACKLOG = 2048
 
 
 @asynccontextmanager
-async def serve_http(app: Frontend, sock: socket.socket, grace_s: float = 30.0) -> AsyncIterator[None]:
+async def serve_http(app: Frontend, sock: socket.socket, grace_s: Callable[[], float]) -> AsyncIterator[None]:
     """Serves while inside the block. Takes over `sock`, which is bound and may listen already.
 
-    Leaving the block refuses new requests, lets those that run end within `grace_s`, and then ends them by an error.
+    Leaving the block refuses new requests, lets those that run end within `grace_s()`, and then ends them by an error.
     """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         # Connections inherit it. asyncio sets it on some of them only: not where the socket's protocol is 0.
@@ -43,7 +43,7 @@ async def serve_http(app: Frontend, sock: socket.socket, grace_s: float = 30.0) 
         server.close()
         for connection in list(state.connections):
             connection.shutdown()  # at once if idle, else after its response
-        await app.drain(grace_s)
+        await app.drain(grace_s())
         await state.wait_closed(LINGER_S)
 
 
@@ -72,7 +72,7 @@ class _State(ServerState):
         self.closed.set()
 
     async def wait_closed(self, timeout_s: float) -> None:
-        """Returns when all connections are closed; those that are not by then are dropped."""
+        """Returns when all connections are closed and their requests over; what is not by then is dropped."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self.closed.wait()
@@ -80,6 +80,8 @@ class _State(ServerState):
             for connection in list(self.connections):
                 connection.transport.abort()
             await self.closed.wait()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=timeout_s)
 
 
 class _Connection(HttpToolsProtocol):

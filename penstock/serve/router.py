@@ -45,6 +45,9 @@ class RouterOptions:
     avoid_s: float = 2.0
 
 
+_TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s", "ended_s")
+
+
 class Router:
     """Used as `async with`; then `generate` for each request. Owns the ledger of what it has sent where."""
 
@@ -188,6 +191,7 @@ class Stream:
         self._tried: dict[str, None] = {}
         self._failures: list[str] = []
         self._has_token = False
+        self.timeline: Timeline | None = None
 
     async def start(self) -> None:
         """Opens the call on the chosen worker, or the next one that can be reached."""
@@ -244,11 +248,19 @@ class Stream:
         if not self._has_token:
             self._has_token = True
             self._router.prefilled(self._request.id)
-        finish = outputs[-1].finish
-        if finish is not None:
-            shifted = _shift(finish.timeline, self._sent_s - self._arrived_s, self._failures)
-            finish = msgspec.structs.replace(finish, timeline=shifted)
+        if (so_far := outputs[0].so_far) is not None:
+            self.timeline = self._shift(so_far)
+        if (finish := outputs[-1].finish) is not None:
+            self.timeline = self._shift(finish.timeline)
+            finish = msgspec.structs.replace(finish, timeline=self.timeline)
         return [token for output in outputs for token in output.tokens], finish
+
+    def _shift(self, timeline: Timeline) -> Timeline:
+        """The worker's timeline on the frontend's clock: seconds since the request's arrival here."""
+        by_s = self._sent_s - self._arrived_s
+        times = {name: value + by_s for name in _TIMES if (value := getattr(timeline, name)) is not None}
+        failures = [*self._failures, *timeline.failures]
+        return msgspec.structs.replace(timeline, **times, reached_worker_s=by_s, failures=failures)
 
     def _next_worker(self, error: PenstockError) -> None:
         """Raises `error` if nobody is left to try."""
@@ -263,12 +275,3 @@ class Stream:
 
 def _ask(request: Request) -> Ask:
     return Ask(len(request.prompt), request.sampling.max_tokens)
-
-
-_TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s", "ended_s")
-
-
-def _shift(timeline: Timeline, by_s: float, failures: list[str]) -> Timeline:
-    """The worker's timeline on the frontend's clock: seconds since the request's arrival here."""
-    times = {name: value + by_s for name in _TIMES if (value := getattr(timeline, name)) is not None}
-    return msgspec.structs.replace(timeline, **times, reached_worker_s=by_s, failures=[*failures, *timeline.failures])

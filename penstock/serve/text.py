@@ -51,7 +51,7 @@ class Tokenizer:
         the caller still checks how many came back. Blocks the loop, about 1 us for each token.
         """
         self._refuse_long(text, at_most)
-        return self._codec.encode(text).ids
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message], at_most: int) -> list[int]:
         """Tokens of a conversation up to where the assistant speaks. Raises like `encode_text`, and BadRequest."""
@@ -63,7 +63,7 @@ class Tokenizer:
             )
         text = self._template.render(messages)
         self._refuse_long(text, at_most)
-        return self._codec.encode(text, add_special_tokens=False).ids
+        return self._encode(text, add_special_tokens=False)
 
     def spell(self, token: int) -> bytes:
         """The bytes of one token, special tokens included; empty for ids that the tokenizer does not know."""
@@ -75,14 +75,18 @@ class Tokenizer:
         start = _keep if is_continuation else self._dialect.start
         return Output(Detokenizer(self._texts, start), StopFinder(stops) if stops else None)
 
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """A batch of one, because only batches can leave out offsets into the text: a third of the time."""
+        return self._codec.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
     def _refuse_long(self, text: str, at_most: int) -> None:
         """Counts the tokens of a long text piece by piece, and gives up once they are certainly too many."""
         if len(text) <= LONG_CHARS_PER_TOKEN * at_most:
             return
         tokens = 0
         for start in range(0, len(text), PIECE_CHARS):
-            piece = self._codec.encode(text[start : start + PIECE_CHARS], add_special_tokens=False)
-            tokens += len(piece.ids) - CUT_TOKENS
+            piece = self._encode(text[start : start + PIECE_CHARS], add_special_tokens=False)
+            tokens += len(piece) - CUT_TOKENS
             if tokens > at_most:
                 raise PromptTooLong(
                     f"the prompt of {len(text)} characters has more than {at_most} tokens, the most that "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -121,8 +121,10 @@ class Worker:
             loop_delay_p99_s=self._pulse.delay_p99_s,
         )
 
-    async def serve(self, stay_known: Coroutine[None, None, None], leave: asyncio.Event, grace_s: float) -> None:
-        """Serves until `leave` is set, with `stay_known` telling the world; then drains for at most `grace_s`.
+    async def serve(
+        self, stay_known: Coroutine[None, None, None], leave: asyncio.Event, grace_s: Callable[[], float]
+    ) -> None:
+        """Serves until `leave` is set, with `stay_known` telling the world; then drains for at most `grace_s()`.
 
         Raises if this worker's own machinery failed.
         """
@@ -131,7 +133,7 @@ class Worker:
             done, _ = await asyncio.wait((leaving, *self._lives), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            await self.drain(grace_s)
+            await self.drain(grace_s())
 
     def prefer(self, role: Role) -> None:
         """Takes another role from now on; routers hear of it with the next report."""

@@ -242,4 +242,4 @@ class World:
     async def _run_worker(self, process: _Process) -> None:
         async with process.worker as worker:
             joining = stay_joined(worker.endpoint, (FRONTEND,), worker.standing, self.shape.report_s)
-            await worker.serve(joining, process.leave, self.shape.grace_s)
+            await worker.serve(joining, process.leave, lambda: self.shape.grace_s)

@@ -50,7 +50,7 @@ def test_a_message_after_expiry_aborts_by_itself() -> None:
     cache, leases = make()
     lease = leases.open(0.0, "p:1", 2)
     leases.grow(0.0, lease.id, 2)
-    with pytest.raises(LeaseLost, match=r"lapsed after 6.0 s of silence; prefill again, or raise kv.lease_s"):
+    with pytest.raises(LeaseLost, match=r"lapsed after 6.0 s of silence; prefill again, or raise --lease-s"):
         leases.commit(6.0, lease.id)
     assert lease.state == "aborted"
     assert cache.quarantined == 2

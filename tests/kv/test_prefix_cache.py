@@ -36,7 +36,7 @@ def test_released_blocks_are_found_again_and_evicted_tail_first() -> None:
 def test_taking_too_many_takes_none_and_says_what_to_do() -> None:
     cache = PrefixCache(3)
     held = cache.take(2)
-    with pytest.raises(OutOfBlocks, match=r"2 blocks wanted, 1 of 3 .* raise kv.bytes"):
+    with pytest.raises(OutOfBlocks, match=r"2 blocks wanted, 1 of 3 .* raise --kv-gib"):
         cache.take(2)
     assert cache.available == 1
     cache.release(held)

@@ -73,7 +73,7 @@ def test_prefill_killed_in_prefill_is_done_again_and_the_worker_returns() -> Non
 
 def test_prefill_stopped_in_prefill_is_done_again_and_its_late_writes_hit_nobody() -> None:
     async def story() -> None:
-        async with serving() as server:
+        async with serving("--lease-s=1.5") as server:
             prompt = a_prompt(1_500)
             asking = asyncio.create_task(complete(server, prompt, 8))
             await wait_until_prefilling(server)

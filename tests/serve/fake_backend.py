@@ -16,6 +16,7 @@ from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.text import ChatTemplate, Tokenizer
 from tests.serve.tokenizers_made import CHAT, byte_level
 
+TOLD = Timeline(decode_worker="decode-0", cached_tokens=3, first_token_s=0.3)
 News = tuple[list[Token], Finish | None]
 Script = Callable[[Request], AsyncGenerator[News, None]]
 
@@ -69,10 +70,13 @@ def stuck(after: str = "") -> Script:
 class FakeStream:
     def __init__(self, news: AsyncIterator[News]) -> None:
         self._news = news
+        self.timeline: Timeline | None = None
 
     async def read(self) -> News:
         await asyncio.sleep(0)
-        return await anext(self._news)
+        news = await anext(self._news)
+        self.timeline = TOLD
+        return news
 
 
 @dataclass

@@ -34,7 +34,7 @@ def play(request: pytest.FixtureRequest) -> Callable[[Awaitable[None]], None]:
 async def serving(backend: FakeBackend, grace_s: float = 5.0, **options: Any) -> AsyncIterator[Address]:
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    async with frontend(backend, **options) as app, serve_http(app, listener, grace_s):
+    async with frontend(backend, **options) as app, serve_http(app, listener, lambda: grace_s):
         yield address
     assert backend.live == 0
 
@@ -233,7 +233,8 @@ def test_tokens_leave_at_once(play: Any) -> None:
 
     async def story() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        async with frontend(FakeBackend()) as app, serve_http(app, listener), connected(listener.getsockname()):
+        here = listener.getsockname()
+        async with frontend(FakeBackend()) as app, serve_http(app, listener, lambda: 5.0), connected(here):
             assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     play(story())

@@ -399,9 +399,7 @@ def verify(folder: Path, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> boo
         history = [message for pair in pairs[:turns] for message in as_messages(pair)]
         count_wrong(f"offered questions after {turns} turns, float32", exact, tokenizer, offered, history)
     long_system_prompt = [{"role": "system", "content": "Be as brief as you can. " * 100}]
-    count_wrong(
-        "offered questions after a long prompt, float32", exact, tokenizer, offered, long_system_prompt
-    )
+    count_wrong("offered questions after a long prompt, float32", exact, tokenizer, offered, long_system_prompt)
     return wrong == 0
 
 

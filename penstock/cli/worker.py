@@ -1,0 +1,69 @@
+"""A worker's process: engine, transport and wire put together, until SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Coroutine
+
+from penstock import clock, plugin
+from penstock.cli import process
+from penstock.config import WorkerConfig, parse
+from penstock.discovery.file import FileDiscovery
+from penstock.engine.api import Engine
+from penstock.serve.decode import DecodeOptions
+from penstock.serve.registry import stay_announced, stay_joined
+from penstock.serve.worker import Worker, WorkerOptions
+from penstock.transport.api import Transport
+from penstock.transport.private import PrivateTransport
+from penstock.transport.shm import ShmTransport
+from penstock.wire.stream import StreamWire
+
+REPORT_S = 1.0
+SWITCH_INTERVAL_S = 0.0005  # how long the engine's thread may keep the interpreter from the event loop
+SHARE_OF_HOST_MEMORY = 0.1  # for the KV of one worker that was not told how much
+
+
+async def run_worker(config: WorkerConfig) -> None:
+    """Raises SetupError where the start is refused."""
+    leave = process.stop_requested()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    engine = build_engine(config)
+    stream = StreamWire()
+    wires = {"tcp": stream, "unix": stream}
+    async with Worker(worker_options(config), engine, wires, _transport(engine, config.secrets.token)) as worker:
+        await worker.serve(_stay_known(config, worker), leave, process.grace_s)
+
+
+def build_engine(config: WorkerConfig) -> Engine:
+    """The engine that the settings name. Raises SetupError."""
+    module = plugin.find("engine", config.engine.engine)
+    options = {"model": str(config.model.folder)} | config.engine.values()
+    engine: Engine = module.ENGINE(parse(module.Options, options, f"the {config.engine.engine} engine"))
+    return engine
+
+
+def worker_options(config: WorkerConfig) -> WorkerOptions:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return WorkerOptions(
+        name=config.name,
+        epoch=int(clock.wall_s() * 1000),
+        role=config.role,
+        model=config.model.name,
+        token=config.secrets.token,
+        addresses=(f"unix:@penstock-{config.name}-{clock.nonce(8).hex()}", f"tcp:{host}:0"),
+        kv_bytes=config.kv.kv_bytes,
+        kv_room_bytes=int(SHARE_OF_HOST_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
+        pid=os.getpid(),
+        decode=DecodeOptions(lease_s=config.kv.lease_s),
+    )
+
+
+def _stay_known(config: WorkerConfig, worker: Worker) -> Coroutine[None, None, None]:
+    if config.leases is not None:
+        return stay_announced(FileDiscovery(config.leases), worker.standing, REPORT_S)
+    return stay_joined(worker.endpoint, (f"tcp:{config.join}",), worker.standing, REPORT_S)
+
+
+def _transport(engine: Engine, token: str) -> Transport:
+    return ShmTransport(token) if engine.info.shares_memory else PrivateTransport()
