@@ -17,7 +17,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 bench: .venv/.dev  ## make bench ARGS="--quick"
-	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@set -e; for script in $$(grep -l '__main__' bench/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build dist

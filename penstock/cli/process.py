@@ -7,10 +7,12 @@ import ctypes
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, NoReturn
 
 from penstock.errors import SetupError
@@ -83,6 +85,14 @@ def api_key(given: str) -> str:
 def unique_name() -> str:
     """A name for a worker that got none."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def own_command() -> list[str]:
+    """What to type to run `penstock` again: by its name where a shell finds it, else as this process was run."""
+    if shutil.which("penstock"):
+        return ["penstock"]
+    script = Path(sys.argv[0])
+    return [str(script)] if script.name == "penstock" else [sys.executable, "-m", "penstock"]
 
 
 def log_to_stderr(name: str, level: str) -> None:

@@ -6,6 +6,8 @@ Starting -> Ready -> (Asked -> Said ... -> Answered | AskFailed) -> Stopping
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -66,7 +68,10 @@ Report = Callable[[Event], None]
 
 def print_json(event: Event) -> None:
     """One JSON object a line: the fields of the event, and its name as `event`."""
-    print(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}), flush=True)
+    try:
+        print(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}), flush=True)
+    except BrokenPipeError:  # whoever read this has heard enough; serving goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Printer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Coroutine
@@ -32,6 +33,7 @@ async def run_worker(config: WorkerConfig) -> None:
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream}
     async with Worker(worker_options(config), engine, wires, _transport(engine, config.secrets.token)) as worker:
+        gc.freeze()  # a model is 360,000 objects, which the collector need not walk through again
         await worker.serve(_stay_known(config, worker), leave, process.grace_s)
 
 

@@ -7,6 +7,7 @@ keys and values of one shape in every layer, over the whole context or a window.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.engine.api import EngineInfo, Slice
-from penstock.engine.embedded_attention import NAME, Paged, Pool
+from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Geometry, build
 from penstock.engine.embedded_sampling import Draw, sample
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
@@ -41,6 +42,11 @@ class Checkpoint:
     config: PreTrainedConfig
     geometry: Geometry
     info: EngineInfo
+
+
+# While from_pretrained runs, transformers patches its own classes for the whole process; two at a time leave a patch
+# behind, and models loaded later lack their tied weights.
+_LOADING = threading.Lock()
 
 
 def read(options: Options) -> Checkpoint:
@@ -75,14 +81,15 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
     folder = checkpoint.info.model
     auto: Any = AutoModelForCausalLM
     try:
-        model, report = auto.from_pretrained(
-            folder,
-            config=checkpoint.config,
-            dtype=checkpoint.geometry.dtype,
-            attn_implementation=NAME,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _LOADING:
+            model, report = auto.from_pretrained(
+                folder,
+                config=checkpoint.config,
+                dtype=checkpoint.geometry.dtype,
+                attn_implementation=NAME,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # every file format and quantization has errors of its own
         raise UnreadableModel(f"the weights of {folder} cannot be read: {_line(error)}") from error
     missing = sorted(report["missing_keys"])
@@ -99,6 +106,7 @@ class LoadedModel:
     def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
         self._model = model
         self._geometry = geometry
+        self._scratch = Scratch()
 
     def kv_room_bytes(self) -> int:
         """Most of what the GPU has free now; the rest is for activations. 0 on the CPU."""
@@ -107,11 +115,15 @@ class LoadedModel:
         free_bytes, _ = torch.cuda.mem_get_info(self._geometry.device)
         return int(0.85 * free_bytes)
 
+    def prepare(self, pool: Pool) -> None:
+        """Does ahead what the first steps in `pool` would wait for. Safe while a step in another one runs."""
+        self._scratch.reserve(pool)
+
     @torch.inference_mode()
     def compute(self, slices: Sequence[Slice], pool: Pool) -> list[Token | None]:
         """One forward pass; a token for each slice with `sampling`, in order."""
         batch = build(slices, self._geometry)
-        paged = Paged(pool, batch)
+        paged = Paged(pool, batch, self._scratch)
         paged.clear_fresh()
         output = self._model(
             input_ids=batch.input_ids,

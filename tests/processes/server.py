@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,9 @@ class Server:
 
     process: asyncio.subprocess.Process
     url: str
+    join: str
     pids: dict[str, int]
+    engine_flags: list[str]
     http: httpx.AsyncClient
     client: AsyncOpenAI
 
@@ -97,16 +99,17 @@ def traces_of(pids: list[int]) -> list[str]:
 
 
 @asynccontextmanager
-async def serving(*arguments: str, engine: Options = ENGINE) -> AsyncIterator[Server]:
-    """A server with a simulated engine; SIGTERM at the end, after which nothing of it may be left."""
+async def serving(
+    *arguments: str, engine: Options | None = ENGINE, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Server]:
+    """A server with a simulated engine, for None the embedded one; SIGTERM at the end, after which nothing is left."""
     options = ("first_token", "prefill_token_s", "step_s")
-    flags = [f"--engine-option.{name}={getattr(engine, name)}" for name in options]
-    command = ["-m", "penstock", "serve", "--port=0", "--json", "--no-ask", *flags, *arguments]
-    if not any(argument.startswith("--engine=") for argument in arguments):
-        command.append("--engine=simulated")
-    else:
-        command = [part for part in command if not part.startswith("--engine-option")]
-    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+    flags = [f"--engine-option.{name}={getattr(engine, name)}" for name in options] if engine else []
+    kind = "--engine=simulated" if engine else "--engine=embedded"
+    command = ["-m", "penstock", "serve", "--port=0", "--json", "--no-ask", kind, *flags, *arguments]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *command, stdout=asyncio.subprocess.PIPE, env={**os.environ, **(environment or {})}
+    )
     try:
         ready = await _read_ready(process)
         url = ready["url"]
@@ -114,7 +117,7 @@ async def serving(*arguments: str, engine: Options = ENGINE) -> AsyncIterator[Se
             httpx.AsyncClient(base_url=url, timeout=30) as http,
             AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client,
         ):
-            yield Server(process, url, ready["pids"], http, client)
+            yield Server(process, url, ready["join"], ready["pids"], flags, http, client)
     finally:
         family = [process.pid, *children_of(process.pid)]
         if process.returncode is None:

@@ -52,7 +52,7 @@ def logprobs(answer: ChatCompletion) -> list[float]:
 
 def test_answers_are_right_and_nothing_is_copied() -> None:
     async def story() -> None:
-        async with serving("--engine=embedded") as server:
+        async with serving(engine=None) as server:
             known = questions()
             some = list(known)[::12]
             answers = await asyncio.gather(*(ask(server, question) for question in some))
@@ -71,7 +71,7 @@ def test_answers_are_right_and_nothing_is_copied() -> None:
 
 def test_logprobs_are_the_same_whoever_prefilled() -> None:
     async def story(*workers: str) -> tuple[list[float], str]:
-        async with serving("--engine=embedded", *workers) as server:
+        async with serving(*workers, engine=None) as server:
             answer = await ask(server, "What is a lease?", before=EARLIER, logprobs=True)
             return logprobs(answer), timeline(answer)["path"]
 

@@ -221,3 +221,16 @@ async def joined(server: Server, workers: int) -> bool:
 
 async def running(server: Server, streams: int) -> bool:
     return await server.metric("penstock_num_requests_running") == streams
+
+
+def test_a_reader_that_leaves_does_not_stop_the_server() -> None:
+    async def story() -> None:
+        async with serving() as server:
+            assert server.process.stdout is not None
+            server.process.stdout._transport.close()  # type: ignore[attr-defined]
+            prompt = a_prompt(30)
+            assert (await complete(server, prompt, 8)).choices[0].text == expected_text(prompt, 8)
+            server.kill("launcher", signal.SIGTERM)  # upon which it reports that it stops
+            assert await server.process.wait() == 0
+
+    run(story(), timeout_s=60)

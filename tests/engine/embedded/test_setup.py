@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -162,3 +163,29 @@ def test_the_module_is_found_without_torch() -> None:
     code = "import sys, penstock.engine.embedded; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert embedded.ENGINE is EmbeddedEngine
+
+
+def test_models_are_loaded_one_at_a_time(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """from_pretrained patches classes while it runs; overlapping loads would leave weights untied ever after."""
+    folder, loading, most = checkpoint("llama"), 0, 0
+    real = AutoModelForCausalLM.from_pretrained
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        nonlocal loading, most
+        loading += 1
+        most = max(most, loading)
+        try:
+            return real(*arguments, **options)
+        finally:
+            loading -= 1
+
+    async def load() -> None:
+        async with EmbeddedEngine(Options(str(folder), device="cpu", threads=1)):
+            pass
+
+    async def story() -> None:
+        await asyncio.gather(*(load() for _ in range(6)))
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    run(story())
+    assert most == 1
