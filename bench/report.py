@@ -14,8 +14,8 @@ from rich.table import Table
 class Row:
     """One number. `reference` names what it is compared with in the same run, `aim` is the most that `ratio` may be.
 
-    Without a reference the aim is for `value` itself. A number of which more is better says so with `more_is_better`;
-    its aim is then the least.
+    Without a reference, or with `aim_is_for_value`, the aim is for `value` itself. A number of which more is better
+    says so with `more_is_better`; its aim is then the least.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Row:
     reference_value: float | None = None
     aim: float | None = None
     more_is_better: bool = False
+    aim_is_for_value: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -35,7 +36,7 @@ class Row:
         """Whether the aim is met; None where there is none."""
         if self.aim is None:
             return None
-        reached = self.value if self.ratio is None else self.ratio
+        reached = self.value if self.ratio is None or self.aim_is_for_value else self.ratio
         return reached >= self.aim if self.more_is_better else reached <= self.aim
 
 

@@ -18,8 +18,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
 
     at_s: float = 0.0
     steps: int = 0  # progress: a worker that has work and whose steps stand still is stalled
-    waiting: int = 0  # sequences queued for their first chunk, prefill jobs of others included
-    running: int = 0  # sequences decoding
+    waiting: int = 0  # sequences queued for blocks, and prefills for others until they are done
+    running: int = 0  # sequences that hold blocks here: being prefilled here, or decoding
     queued_tokens: int = 0  # prompt tokens waiting to be computed here
     blocks: int = 0
     free_blocks: int = 0  # free or evictable
@@ -51,7 +51,7 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     addresses: tuple[str, ...]
     layout: KvLayout
     blocks: int
-    max_context_tokens: int
+    max_context_tokens: int  # what its model and its blocks allow
     memory: str = ""
     pid: int = 0
     engine: str = ""
@@ -72,7 +72,7 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """A model that live workers serve: what a frontend must know to check a request."""
+    """A model that live workers serve: what a frontend must know to check a request that any of them may get."""
 
     name: str
     max_context_tokens: int  # prompt and output share it; the least of the workers that serve the model

@@ -49,6 +49,11 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     addresses: tuple[str, ...]
 
+    @property
+    def incarnation(self) -> str:
+        """What leases and transports know it by."""
+        return f"{self.worker}:{self.epoch}"
+
 
 class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the router decided. `prefill` lists whom the decode worker should call, best first; none: itself.
@@ -84,7 +89,7 @@ class Timeline(msgspec.Struct, omit_defaults=True):
     prefill_started_s: float | None = None  # end of queueing
     prefill_ended_s: float | None = None  # end of the last chunk
     first_token_s: float | None = None
-    decoding_s: float | None = None  # end of the first decode step that read the handed-over KV
+    decoding_s: float | None = None  # end of the first decode step, which reads the KV of the whole prompt
     ended_s: float | None = None
     failures: list[str] = []  # what was tried and failed on the way
 

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 
 from penstock import clock, plugin
 from penstock.cli import process
-from penstock.config import WorkerConfig, parse
+from penstock.config import EngineSettings, Model, WorkerConfig, parse
 from penstock.discovery.file import FileDiscovery
 from penstock.engine.api import Engine
 from penstock.serve.decode import DecodeOptions
@@ -29,7 +29,7 @@ async def run_worker(config: WorkerConfig) -> None:
     """Raises SetupError where the start is refused."""
     leave = process.stop_requested()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    engine = build_engine(config)
+    engine = build_engine(config.model, config.engine)
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream}
     async with Worker(worker_options(config), engine, wires, _transport(engine, config.secrets.token)) as worker:
@@ -37,12 +37,17 @@ async def run_worker(config: WorkerConfig) -> None:
         await worker.serve(_stay_known(config, worker), leave, process.grace_s)
 
 
-def build_engine(config: WorkerConfig) -> Engine:
+def build_engine(model: Model, settings: EngineSettings) -> Engine:
     """The engine that the settings name. Raises SetupError."""
-    module = plugin.find("engine", config.engine.engine)
-    options = {"model": str(config.model.folder)} | config.engine.values()
-    engine: Engine = module.ENGINE(parse(module.Options, options, f"the {config.engine.engine} engine"))
+    module = plugin.find("engine", settings.engine)
+    options = {"model": str(model.folder)} | settings.values()
+    engine: Engine = module.ENGINE(parse(module.Options, options, f"the {settings.engine} engine"))
     return engine
+
+
+def host_room_bytes() -> int:
+    """How much of this host's memory the KV of one worker may take, if nobody says."""
+    return int(SHARE_OF_HOST_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def worker_options(config: WorkerConfig) -> WorkerOptions:
@@ -55,7 +60,7 @@ def worker_options(config: WorkerConfig) -> WorkerOptions:
         token=config.secrets.token,
         addresses=(f"unix:@penstock-{config.name}-{clock.nonce(8).hex()}", f"tcp:{host}:0"),
         kv_bytes=config.kv.kv_bytes,
-        kv_room_bytes=int(SHARE_OF_HOST_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
+        kv_room_bytes=host_room_bytes(),
         pid=os.getpid(),
         decode=DecodeOptions(lease_s=config.kv.lease_s),
     )

@@ -13,7 +13,7 @@ class Announcement(Protocol):
     """One's own entry."""
 
     async def renew(self, standing: Standing) -> None:
-        """Says again that we are here, and how we are. Must happen more often than the ttl."""
+        """Says again that we are here, and how we are. Must happen more often than the ttl. Raises WireError."""
         ...
 
 

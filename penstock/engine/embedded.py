@@ -80,7 +80,9 @@ class EmbeddedEngine:
         from penstock.engine.embedded_model import map_region
 
         if region.key not in self._pools:
-            self._pools[region.key] = map_region(region, self._checkpoint.geometry)
+            pool = self._pools[region.key] = map_region(region, self._checkpoint.geometry)
+            if self._model is not None:
+                self._model.prepare(pool)
 
     def detach(self, key: tuple[str, int]) -> None:
         self._pools.pop(key, None)

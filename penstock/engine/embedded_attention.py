@@ -38,12 +38,40 @@ class Pool:
         self.values: Sequence[Tensor] = sides[1::2]
 
 
+class Scratch:
+    """Where a layer's keys and values are gathered; kept, since the first touch of a page costs more than filling it.
+
+    What a region of unshared blocks needs is reserved when it is attached, more of it when a step does.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def reserve(self, pool: Pool) -> None:
+        """Makes room for one layer of every block."""
+        size = pool.blocks.numel() // (2 * pool.layout.layers)
+        if self._memory is None or self._memory.shape[1] < size:
+            self._memory = pool.blocks.new_zeros(2, size)
+
+    def gather(self, keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The `rows` of both, each [any, width]; good until the next call."""
+        size = len(rows) * keys.shape[1]
+        memory = self._memory
+        if memory is None or memory.shape[1] < size:
+            self._memory = memory = keys.new_empty(2, size + size // 4)  # contexts grow
+        some_keys, some_values = memory[:, :size].view(2, len(rows), -1)
+        torch.index_select(keys, 0, rows, out=some_keys)
+        torch.index_select(values, 0, rows, out=some_values)
+        return some_keys, some_values
+
+
 class Paged:
     """One step over one region: the cache that transformers writes to, and what `paged_attention` reads."""
 
-    def __init__(self, pool: Pool, batch: Batch) -> None:
+    def __init__(self, pool: Pool, batch: Batch, scratch: Scratch) -> None:
         self.pool = pool
         self.batch = batch
+        self.scratch = scratch
 
     def clear_fresh(self) -> None:
         if self.batch.fresh is not None:
@@ -95,8 +123,8 @@ def paged_attention(
     for group in paged.batch.groups:
         span = group.span(window)
         shape = (group.sequences * paged.pool.layout.kv_heads, -1, paged.pool.layout.head_dim)
-        keys = paged.pool.keys[layer].index_select(0, span.rows).view(shape)
-        values = paged.pool.values[layer].index_select(0, span.rows).view(shape)
+        gathered = paged.scratch.gather(paged.pool.keys[layer], paged.pool.values[layer], span.rows)
+        keys, values = (rows.view(shape) for rows in gathered)
         own = queries[group.tokens]
         for tile in span.tiles:
             tiled = own[tile.queries].view(group.sequences, -1, *own.shape[1:])

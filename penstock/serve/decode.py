@@ -48,6 +48,8 @@ from penstock.transport.api import Exported
 
 log = logging.getLogger(__name__)
 
+BEATS_PER_LEASE = 4  # how often a prefill worker says that it lives, while it may stay silent
+
 
 class GenerateAsk(msgspec.Struct, frozen=True):
     """Body of the `generate` call."""
@@ -88,7 +90,6 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    preemptions: int = 0
     handoffs: int = 0
     handoff_failures: int = 0
     in_place_bytes: int = 0
@@ -105,7 +106,6 @@ class Sequence:
         self.arrived_s = clock.now()
         self.outputs = 0
         self.published = 0
-        self.is_handed_over = False
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.hashes: list[BlockHash] = []
 
@@ -188,7 +188,7 @@ class Decoder:
             raise Overloaded(f"{self._member.worker} has {self._stepper.waiting} requests queued, its limit")
         if not request.prompt:
             raise BadRequest("the prompt has no tokens", "prompt")
-        limit = min(self._member.max_context_tokens, self._member.blocks * self._layout.block_tokens)
+        limit = self._member.max_context_tokens
         if len(request.prompt) >= limit:
             raise PromptTooLong(f"the prompt has {len(request.prompt)} tokens; prompt and output share {limit}")
 
@@ -242,7 +242,11 @@ class Decoder:
     async def _prefill_at(self, sequence: Sequence, hop: Hop) -> bool:
         """True if `hop` did it and the sequence decodes; False if there is no room for its blocks. Raises else."""
         peer = await self._endpoint.peer(hop.addresses)
-        ask = PrefillAsk(sequence.request.id, sequence.run.tokens, sequence.run.sampling, self._exported.offer)
+        ask = PrefillAsk(
+            *(sequence.request.id, sequence.run.tokens, sequence.run.sampling, self._exported.offer),
+            writer=hop.incarnation,
+            alive_s=self._options.lease_s / BEATS_PER_LEASE,
+        )
         async with peer.call("prefill", ask) as call:
             borrowing = Borrowing(self, sequence, hop, call)
             try:
@@ -268,7 +272,6 @@ class Decoder:
         self.counters.cached_tokens += timeline.cached_tokens
         self.counters.handoffs += 1
         self.counters.in_place_bytes += done.computed_tokens * self._layout.token_bytes
-        sequence.is_handed_over = True
         self._publish(sequence)
         self._emit(sequence, done.token)
         if not sequence.finished.done():
@@ -282,11 +285,10 @@ class Decoder:
         borrowing.pinned = self._cache.match(self._reusable(sequence))
         start = len(borrowing.pinned) * self._layout.block_tokens
         needed = self._layout.blocks_for(prompt) - len(borrowing.pinned)
-        room = self._cache.available - self._leases.promised_blocks - self._stepper.running
+        room = self._cache.available - self._leases.promised_blocks - self._stepper.claimed_blocks
         if needed > room:
             return NoRoom()
-        writer = f"{borrowing.hop.worker}:{borrowing.hop.epoch}"
-        borrowing.lease = self._leases.open(clock.now(), writer, needed)
+        borrowing.lease = self._leases.open(clock.now(), borrowing.hop.incarnation, needed)
         self._lent[borrowing.lease.id] = borrowing
         return self.grow(borrowing, borrowing.lease, min(prompt, start + chunk_tokens))
 
@@ -306,7 +308,7 @@ class Decoder:
         self._cache.release(borrowing.pinned)
         if (lease := borrowing.lease) is not None:
             self._lent.pop(lease.id, None)
-            self._lender.abort(lease, borrowing.hop)
+            self._lender.abort(lease, borrowing.hop, borrowing.request)
         self._stepper.wake()
 
     def touch(self, lease: Lease, is_writing: bool) -> None:
@@ -341,11 +343,11 @@ class Decoder:
 
     def _on_step(self, sequence: Sequence, token: Token | None) -> None:
         self._publish(sequence)
-        if sequence.is_handed_over and sequence.timeline.decoding_s is None:
-            sequence.timeline.decoding_s = sequence.elapsed_s()
         if token is not None:
             if sequence.outputs == 0:
                 sequence.timeline.prefill_ended_s = sequence.elapsed_s()
+            elif sequence.timeline.decoding_s is None:
+                sequence.timeline.decoding_s = sequence.elapsed_s()
             self._emit(sequence, token)
 
     def _publish(self, sequence: Sequence) -> None:
@@ -379,15 +381,13 @@ class Decoder:
             return "stop"
         if sequence.outputs >= sampling.max_tokens:
             return "length"
-        limit = min(self._member.max_context_tokens, self._member.blocks * self._layout.block_tokens)
-        return "length" if len(sequence.run.tokens) >= limit else None
+        return "length" if len(sequence.run.tokens) >= self._member.max_context_tokens else None
 
     def _finish(self, sequence: Sequence, token: int, reason: FinishReason) -> Finish:
         timeline = sequence.timeline
         timeline.ended_s = sequence.elapsed_s()
         timeline.output_tokens = sequence.outputs
         timeline.preemptions = sequence.run.preemptions
-        self.counters.preemptions += sequence.run.preemptions
         return Finish(reason, timeline, token if reason == "stop" else None)
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -415,6 +415,7 @@ class Borrowing:
         self.call = call
         self.lease: Lease | None = None
         self.pinned: list[BlockId] = []
+        self.request = sequence.request.id
         self._decoder = decoder
         self._sequence = sequence
         self._is_committed = False

@@ -4,7 +4,7 @@
         --- prefill(PrefillAsk) --------------------->   queued; says Alive now and then
         <-- Begin ------------------------------------   its turn has come
         --- Granted(lease, start, blocks) ----------->   computes chunk after chunk in these blocks
-        <-- Wrote(tokens) / More(blocks) --------------   ... and asks for the next chunk's blocks meanwhile
+        <-- Wrote(tokens) / More(tokens) --------------   ... and asks for the next chunk's blocks meanwhile
         --- Granted ---------------------------------->
         <-- Done(first token) -------------------------   nothing will be written any more
     commits: the blocks are the sequence's
@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import msgspec
 
-from penstock import clock
 from penstock.blocks import BlockId
 from penstock.errors import PenstockError
 from penstock.kv.lease import Lease, LeaseTable
@@ -33,12 +32,18 @@ log = logging.getLogger(__name__)
 
 
 class PrefillAsk(msgspec.Struct, frozen=True):
-    """Compute this prompt in the region on offer, and sample the token after it."""
+    """Compute this prompt in the region on offer, and sample the token after it.
+
+    `writer` is the incarnation that is meant: whoever got its address since must not write. It says Alive every
+    `alive_s`, which is what renews a lease during a long chunk.
+    """
 
     request: str
     tokens: list[int]
     sampling: Sampling
     offer: Offer
+    writer: str
+    alive_s: float
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
@@ -48,7 +53,7 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    """Lend me blocks for the first `blocks` blocks' worth of chunk."""
+    """Lend me blocks for the first `chunk_tokens` tokens that your cache lacks."""
 
     chunk_tokens: int
 
@@ -93,11 +98,15 @@ FromDecode = Granted | NoRoom
 
 
 class SettleAsk(msgspec.Struct, frozen=True):
-    """Answer with Settled once nothing is being written, or ever will be, under this lease of `owner`."""
+    """Answer once `writer` is not writing for this request in the region of `owner`, and never will.
 
+    It names the request and not the lease: a Granted may still be on its way, on another connection.
+    """
+
+    writer: str
+    request: str
     owner: str
     epoch: int
-    lease: int
 
 
 decode_prefill_ask = msgspec.msgpack.Decoder(PrefillAsk).decode
@@ -125,17 +134,15 @@ class Lender:
         self._settle_retry_s = settle_retry_s
         self._kill_after_s = kill_after_s
         self._on_blocks_freed = on_blocks_freed
-        self._reclaiming: dict[int, None] = {}
 
-    def abort(self, lease: Lease, hop: Hop) -> None:
-        """Nothing written under `lease` counts any more; its blocks come back when that is safe. Idempotent."""
-        self._leases.abort(clock.now(), lease.id)
-        if lease.state == "aborted" and lease.blocks and lease.id not in self._reclaiming:
-            self._reclaiming[lease.id] = None
-            self._endpoint.spawn(self._reclaim(lease, hop))
+    def abort(self, lease: Lease, hop: Hop, request: str) -> None:
+        """Nothing written under `lease` counts any more; its blocks come back when that is safe. Called once."""
+        self._leases.abort(lease.id)
+        if lease.blocks:
+            self._endpoint.spawn(self._reclaim(lease, hop, request))
 
-    async def _reclaim(self, lease: Lease, hop: Hop) -> None:
-        asking = asyncio.ensure_future(self._ask_until_settled(lease, hop))
+    async def _reclaim(self, lease: Lease, hop: Hop, request: str) -> None:
+        asking = asyncio.ensure_future(self._ask_until_settled(lease, hop, request))
         gone = asyncio.ensure_future(self._exported.wait_gone(lease.writer))
         try:
             done, _ = await asyncio.wait(
@@ -147,17 +154,18 @@ class Lender:
                     *(lease.writer, self._kill_after_s, lease.id),
                 )
                 self._exported.kill(lease.writer)
-                await asyncio.wait((asking, gone), return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait((asking, gone), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # what raises proves nothing
         finally:
             asking.cancel()
             gone.cancel()
-            del self._reclaiming[lease.id]
         self._leases.settle(lease.id)
         self._on_blocks_freed()
 
-    async def _ask_until_settled(self, lease: Lease, hop: Hop) -> None:
+    async def _ask_until_settled(self, lease: Lease, hop: Hop, request: str) -> None:
         region = self._exported.region
-        ask = SettleAsk(region.owner, region.epoch, lease.id)
+        ask = SettleAsk(lease.writer, request, region.owner, region.epoch)
         while True:
             try:
                 async with asyncio.timeout(self._kill_after_s):

@@ -36,15 +36,14 @@ from penstock.transport.api import Attached, Offer, Transport
 
 @dataclass(frozen=True, slots=True)
 class PrefillOptions:
-    """`active` prompts hold leases at a time, so that the next one's blocks are there when the engine turns to it.
+    """`active` prompts of a decode worker hold leases at a time: the one that is computed, and the next.
 
-    `alive_s` must be well under the decode side's `lease_s`: it is what renews a lease during a long chunk.
+    Per decode worker, so that one that is stuck and grants nothing holds up its own prompts only.
     """
 
     active: int = 2
     max_queued: int = 256
     chunk_tokens: int = 512
-    alive_s: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -53,9 +52,9 @@ class Job:
 
     ask: PrefillAsk
     call: Call
-    lease: int = 0
     run: Run | None = None
     first: Token | None = None
+    ended_s: float = 0.0  # of the last chunk so far
     error: PenstockError | None = None
     asked_tokens: int = 0
     progress: asyncio.Event = field(default_factory=asyncio.Event)
@@ -74,10 +73,10 @@ class Prefiller:
         self._transport = transport
         self._stepper = stepper
         self._options = options
-        self._slots = asyncio.Semaphore(options.active)
+        self._incarnation = member.hop.incarnation
         self._jobs: dict[Job, None] = {}
         self._ended = asyncio.Event()
-        self._regions = Mappings(engine, transport, f"{member.worker}:{member.epoch}")
+        self._regions = Mappings(engine, transport, self._incarnation, options.active)
 
     @property
     def live(self) -> int:
@@ -105,9 +104,9 @@ class Prefiller:
         self._check(ask)
         job = Job(ask, call)
         self._jobs[job] = None
-        beat = asyncio.ensure_future(self._say_alive(call))
+        beat = asyncio.ensure_future(self._say_alive(job))
         try:
-            async with self._slots, self._regions.mapped(ask.offer) as region:
+            async with self._regions.mapped(ask.offer) as region:
                 await self._compute(job, region)
         finally:
             beat.cancel()
@@ -116,14 +115,14 @@ class Prefiller:
             job.stopped.set()
 
     async def settle(self, call: Call) -> None:
-        """Returns when the lease's blocks are not being written; cancels its job if it still runs."""
+        """Returns when nothing is written for the request; cancels its job, if that is still here."""
         ask = decode_settle_ask(call.body)
-        for job in [job for job in self._jobs if job.lease == ask.lease]:
-            offer = job.ask.offer
-            if (offer.owner, offer.epoch) == (ask.owner, ask.epoch):
-                if job.call.task is not None:
-                    job.call.task.cancel()
-                await job.stopped.wait()
+        self._check_writer(ask.writer)
+        asked = (ask.request, ask.owner, ask.epoch)
+        for job in [job for job in self._jobs if (job.ask.request, *job.ask.offer.key) == asked]:
+            if job.call.task is not None:
+                job.call.task.cancel()
+            await job.stopped.wait()
 
     async def release_regions(self) -> None:
         """Unmaps what no job uses and whose owner is gone. Called now and then."""
@@ -133,6 +132,7 @@ class Prefiller:
         await self._regions.close()
 
     def _check(self, ask: PrefillAsk) -> None:
+        self._check_writer(ask.writer)
         if self.is_draining:
             raise WorkerDraining(f"{self._member.worker} is draining")
         if len(self._jobs) >= self._options.max_queued:
@@ -143,10 +143,15 @@ class Prefiller:
                 "start both with the same model, dtype and block size"
             )
 
-    async def _say_alive(self, call: Call) -> None:
+    def _check_writer(self, meant: str) -> None:
+        """The asker knows by this name who maps its memory, and who must die before it reuses a block."""
+        if meant != self._incarnation:
+            raise StaleEpoch(f"this is {self._incarnation}, not {meant}")
+
+    async def _say_alive(self, job: Job) -> None:
         while True:
-            await asyncio.sleep(self._options.alive_s)
-            call.send(Alive(self._stepper.steps))
+            await asyncio.sleep(job.ask.alive_s)
+            job.call.send(Alive(self._stepper.steps))
 
     async def _compute(self, job: Job, region: Region) -> None:
         job.call.send(Begin(self._options.chunk_tokens))
@@ -154,7 +159,6 @@ class Prefiller:
         if not isinstance(granted, Granted):
             return
         started_s = clock.now()
-        job.lease = granted.lease
         job.run = run = self._admit(job, region, granted)
         listening = asyncio.ensure_future(self._take_grants(job, run))
         try:
@@ -170,11 +174,11 @@ class Prefiller:
             listening.cancel()
             await self._stop(run)
         computed = len(job.ask.tokens) - granted.start
-        job.call.send(Done(job.first, computed, started_s, clock.now()))
+        job.call.send(Done(job.first, computed, started_s, job.ended_s))
 
     def _admit(self, job: Job, region: Region, granted: Granted) -> Run:
         def on_step(token: Token | None) -> None:
-            job.first = token
+            job.first, job.ended_s = token, clock.now()
             job.progress.set()
 
         def on_error(error: PenstockError) -> None:
@@ -223,50 +227,60 @@ class Prefiller:
 class Mappings:
     """Regions of peers, mapped here and attached to the engine while somebody uses them or their owner lives."""
 
-    def __init__(self, engine: Engine, transport: Transport, writer: str) -> None:
+    def __init__(self, engine: Engine, transport: Transport, writer: str, active: int) -> None:
         self._engine = engine
         self._transport = transport
         self._writer = writer
-        self._mapped: dict[tuple[str, int], _Mapping] = {}
-        self._lock = asyncio.Lock()
+        self._active = active
+        self._mappings: dict[tuple[str, int], _Mapping] = {}
 
     @asynccontextmanager
     async def mapped(self, offer: Offer) -> AsyncIterator[Region]:
-        """The offered region, to compute in while inside the block. Raises StaleEpoch, Refused, ConnectionLost."""
-        async with self._lock:
-            mapping = self._mapped.get((offer.owner, offer.epoch)) or await self._map(offer)
-        if mapping.attached.is_owner_gone:
-            raise StaleEpoch(f"{offer.owner} of epoch {offer.epoch} is gone")
+        """The offered region, to compute in while inside the block; at most `active` are at a time.
+
+        Raises StaleEpoch, Refused or ConnectionLost.
+        """
+        mapping = self._mappings.get(offer.key)
+        if mapping is None:
+            mapping = self._mappings[offer.key] = _Mapping(asyncio.Semaphore(self._active))
         mapping.users += 1
         try:
-            yield mapping.attached.region
+            async with mapping.lock:  # one per region: an owner that does not answer holds up nobody else
+                attached = mapping.attached or await self._attach(mapping, offer)
+            if attached.is_owner_gone:
+                raise StaleEpoch(f"{offer.owner} of epoch {offer.epoch} is gone")
+            async with mapping.slots:
+                yield attached.region
         finally:
             mapping.users -= 1
 
     async def release_orphans(self) -> None:
-        async with self._lock:
-            for key, mapping in list(self._mapped.items()):
-                if mapping.users == 0 and mapping.attached.is_owner_gone:
-                    del self._mapped[key]
-                    await mapping.stack.aclose()
+        """Lets go of what nobody uses and whose owner is gone, or never handed it over."""
+        for key, mapping in list(self._mappings.items()):
+            if mapping.users == 0 and (mapping.attached is None or mapping.attached.is_owner_gone):
+                del self._mappings[key]
+                await mapping.stack.aclose()
 
     async def close(self) -> None:
-        async with self._lock:
-            for mapping in self._mapped.values():
-                await mapping.stack.aclose()
-            self._mapped.clear()
+        for mapping in self._mappings.values():
+            await mapping.stack.aclose()
+        self._mappings.clear()
 
-    async def _map(self, offer: Offer) -> _Mapping:
-        stack = AsyncExitStack()
-        attached = await stack.enter_async_context(self._transport.attach(offer, self._writer))
-        self._engine.attach(attached.region)
-        stack.callback(self._engine.detach, attached.region.key)
-        mapping = self._mapped[(offer.owner, offer.epoch)] = _Mapping(attached, stack)
-        return mapping
+    async def _attach(self, mapping: _Mapping, offer: Offer) -> Attached:
+        async with AsyncExitStack() as stack:
+            attached = await stack.enter_async_context(self._transport.attach(offer, self._writer))
+            self._engine.attach(attached.region)
+            stack.callback(self._engine.detach, attached.region.key)
+            mapping.attached, mapping.stack = attached, stack.pop_all()
+        return attached
 
 
 @dataclass(slots=True, eq=False)
 class _Mapping:
-    attached: Attached
-    stack: AsyncExitStack
+    """One region. `attached` once its owner handed it over; `stack` lets go of it."""
+
+    slots: asyncio.Semaphore
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    attached: Attached | None = None
     users: int = 0

@@ -15,7 +15,7 @@ import msgspec
 
 from penstock.cluster import Load, Member, Role, Standing
 from penstock.discovery.api import Discovery
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, WireError
 from penstock.serve.rpc import Call, Endpoint
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,16 @@ _decode_seen = msgspec.msgpack.Decoder(bool).decode
 
 
 async def stay_announced(discovery: Discovery, standing: Callable[[], Standing], report_s: float) -> None:
-    """Announces in a discovery that frontends watch, and reports there until cancelled."""
+    """Announces in a discovery that frontends watch, and reports there until cancelled.
+
+    Raises what the first announcement raises; a later report that fails is made again.
+    """
     async with discovery.announce(standing().member) as announcement:
         while True:
-            await announcement.renew(standing())
+            try:
+                await announcement.renew(standing())
+            except WireError as error:
+                log.warning("this report was not heard, trying again in %.1f s: %s", report_s, error)
             await asyncio.sleep(report_s)
 
 

@@ -66,13 +66,15 @@ class Router:
         self._policy = policy
         self._fleet: dict[str, Standing] = {}
         self._ledger = Ledger()
-        self._streams: dict[Stream, None] = {}
         self._avoid_until_s: dict[tuple[str, int], float] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Router:
-        self._watcher = asyncio.create_task(self._watch())
+        """Raises SetupError if the discovery cannot be watched."""
+        fleets = self._discovery.watch()
+        self._fleet = await anext(fleets)
+        self._watcher = self.endpoint.spawn(self._watch(fleets))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -89,10 +91,11 @@ class Router:
         found: dict[str, ModelCard] = {}
         for standing in self._fleet.values():
             member = standing.member
-            limit = member.max_context_tokens
+            limit, supports = member.max_context_tokens, member.supports
             if (known := found.get(member.model)) is not None:
                 limit = min(limit, known.max_context_tokens)
-            found[member.model] = ModelCard(member.model, limit, member.supports)
+                supports = tuple(feature for feature in known.supports if feature in supports)
+            found[member.model] = ModelCard(member.model, limit, supports)
         return found
 
     async def wait_ready(self, workers: int) -> None:
@@ -105,12 +108,10 @@ class Router:
     async def generate(self, request: Request) -> AsyncIterator[Stream]:
         """The request's tokens; leaving the block cancels what still runs. Raises NoWorker, UnknownModel."""
         stream = Stream(self, request)
-        self._streams[stream] = None
         try:
             await stream.start()
             yield stream
         finally:
-            del self._streams[stream]
             await stream.close()
 
     # For Stream
@@ -132,8 +133,9 @@ class Router:
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""
-        member = standing.member
-        self._avoid_until_s[(member.worker, member.epoch)] = clock.now() + self.options.avoid_s
+        now, member = clock.now(), standing.member
+        self._avoid_until_s = {key: until_s for key, until_s in self._avoid_until_s.items() if until_s > now}
+        self._avoid_until_s[(member.worker, member.epoch)] = now + self.options.avoid_s
 
     def _usable(self, model: str, avoid: Mapping[str, None]) -> list[Facts]:
         fleet = [standing for standing in self._fleet.values() if standing.member.model == model]
@@ -161,32 +163,27 @@ class Router:
             is_draining=standing.draining,
         )
 
-    async def _watch(self) -> None:
-        async for fleet in self._discovery.watch():
-            before, self._fleet = self._fleet, dict(fleet)
-            for name, standing in before.items():
-                now = fleet.get(name)
-                if now is None or now.member.epoch != standing.member.epoch:
-                    self._lose(standing)
+    async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
+        # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.
+        async for fleet in fleets:
+            before, self._fleet = self._fleet, fleet
             self._changed.set()
-
-    def _lose(self, standing: Standing) -> None:
-        member = standing.member
-        log.warning("%s (epoch %d) is gone", member.worker, member.epoch)
-        self._avoid_until_s.pop((member.worker, member.epoch), None)
-        for stream in self._streams:
-            stream.worker_gone(standing)
+            for name, standing in before.items():
+                if name not in fleet or fleet[name].member.epoch != standing.member.epoch:
+                    log.warning("%s (epoch %d) has left, or stopped reporting", name, standing.member.epoch)
 
 
 class Stream:
     """One request on its way; see `Router.generate`."""
+
+    _standing: Standing  # set by _choose, as is _plan
+    _plan: Plan
 
     def __init__(self, router: Router, request: Request) -> None:
         self._router = router
         self._request = request
         self._arrived_s = clock.now()
         self._sent_s = 0.0
-        self._standing: Standing | None = None
         self._call: Call | None = None
         self._tried: dict[str, None] = {}
         self._failures: list[str] = []
@@ -195,16 +192,8 @@ class Stream:
 
     async def start(self) -> None:
         """Opens the call on the chosen worker, or the next one that can be reached."""
-        while True:
-            self._standing, plan = self._router.route(self._request, self._tried)
-            try:
-                peer = await self._router.endpoint.peer(self._standing.member.addresses)
-                self._call = peer.call("generate", GenerateAsk(self._request, plan))
-            except ConnectionLost as error:
-                self._next_worker(error)
-            else:
-                self._sent_s = clock.now()
-                return
+        self._choose()
+        await self._open()
 
     async def read(self) -> tuple[list[Token], Finish | None]:
         """Waits for tokens, and the end with the last of them. Raises PenstockError if the request failed."""
@@ -215,15 +204,8 @@ class Stream:
                 if self._has_token:
                     raise WorkerLost(f"{self._worker} was lost in mid-stream: {error}") from error
                 await self.close()
-                self._next_worker(error)
-                await self.start()
-
-    def worker_gone(self, standing: Standing) -> None:
-        """The fleet lost a worker: if it is ours, whoever reads learns it now."""
-        if self._standing is not None and self._call is not None:
-            ours, gone = self._standing.member, standing.member
-            if (ours.worker, ours.epoch) == (gone.worker, gone.epoch):
-                self._call.fail(WorkerLost(f"{gone.worker} left, or stopped reporting"))
+                self._choose_another(error)
+                await self._open()
 
     async def close(self) -> None:
         """Cancels what still runs. Idempotent."""
@@ -234,7 +216,32 @@ class Stream:
 
     @property
     def _worker(self) -> str:
-        return self._standing.member.worker if self._standing is not None else "no worker"
+        return self._standing.member.worker
+
+    def _choose(self) -> None:
+        self._standing, self._plan = self._router.route(self._request, self._tried)
+
+    def _choose_another(self, error: PenstockError) -> None:
+        """Raises `error` if nobody is left to try."""
+        self._router.avoid(self._standing)
+        self._tried[self._worker] = None
+        self._failures.append(f"{self._worker}: {error}")
+        if len(self._failures) >= self._router.options.attempts:
+            raise error
+        try:
+            self._choose()
+        except (NoWorker, UnknownModel):
+            raise error from None
+        log.info("trying %s at %s: %s", self._request.id, self._worker, error)
+
+    async def _open(self) -> None:
+        while self._call is None:
+            try:
+                peer = await self._router.endpoint.peer(self._standing.member.addresses)
+                self._call = peer.call("generate", GenerateAsk(self._request, self._plan))
+                self._sent_s = clock.now()
+            except ConnectionLost as error:
+                self._choose_another(error)
 
     async def _receive(self) -> list[Output]:
         if self._call is None:
@@ -261,16 +268,6 @@ class Stream:
         times = {name: value + by_s for name in _TIMES if (value := getattr(timeline, name)) is not None}
         failures = [*self._failures, *timeline.failures]
         return msgspec.structs.replace(timeline, **times, reached_worker_s=by_s, failures=failures)
-
-    def _next_worker(self, error: PenstockError) -> None:
-        """Raises `error` if nobody is left to try."""
-        if self._standing is not None:
-            self._router.avoid(self._standing)
-            self._tried[self._standing.member.worker] = None
-        self._failures.append(f"{self._worker}: {error}")
-        if len(self._tried) >= self._router.options.attempts or isinstance(error, NoWorker):
-            raise error
-        log.info("trying %s elsewhere: %s", self._request.id, error)
 
 
 def _ask(request: Request) -> Ask:

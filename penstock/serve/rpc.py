@@ -23,7 +23,16 @@ from typing import TypeVar
 import msgspec
 
 from penstock import clock
-from penstock.errors import BadRequest, Cancelled, ConnectionLost, PenstockError, Refused, from_wire, to_wire
+from penstock.errors import (
+    BadRequest,
+    Cancelled,
+    ConnectionLost,
+    PenstockError,
+    Refused,
+    WireError,
+    from_wire,
+    to_wire,
+)
 from penstock.wire.api import Connection, Wire
 
 log = logging.getLogger(__name__)
@@ -85,14 +94,14 @@ class Call:
             self._peer.post(self._down, self._id, msgspec.Raw(_encode(item)))
 
     async def receive(self, decode: Callable[[msgspec.Raw], T]) -> T | None:
-        """The next item, or None at the end. Raises what the callee raised, or ConnectionLost."""
+        """The next item, or None at the end. Raises what the callee raised, or WireError: lost, or not to be read."""
         while not self._items:
             if self._error is not None:
                 raise self._error
             if self._ended:
                 return None
             await self._wait()
-        return decode(self._items.popleft())
+        return self._read(decode)
 
     async def receive_all(self, decode: Callable[[msgspec.Raw], T]) -> list[T]:
         """All items that have come, at least one; none at the end. Raises like `receive`."""
@@ -101,7 +110,7 @@ class Call:
             return []
         found = [first]
         while self._items:
-            found.append(decode(self._items.popleft()))
+            found.append(self._read(decode))
         return found
 
     async def __aenter__(self) -> Call:
@@ -130,6 +139,12 @@ class Call:
         self._ended = True
         self._error = error
         self._wake()
+
+    def _read(self, decode: Callable[[msgspec.Raw], T]) -> T:
+        try:
+            return decode(self._items.popleft())
+        except msgspec.DecodeError as error:
+            raise WireError(f"{self.peer_name} sent what cannot be read ({error}): is it of this version?") from error
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -270,6 +285,8 @@ class Peer:
             call = Call(self, call_id, method, inner, is_caller=False)
             self._served[call_id] = call
             call.task = self._endpoint.spawn(self._serve(call, call_id))
+            # Not at the end of _serve: a task that is cancelled before its first turn never gets there.
+            call.task.add_done_callback(lambda _: self._served.pop(call_id, None))
             self._keep_beating()
         elif kind == CANCEL:
             if (served := self._served.get(call_id)) is not None and not served.is_ended:
@@ -292,8 +309,6 @@ class Peer:
             if not isinstance(error, PenstockError):
                 log.exception("%s failed for %s", call.method, self.name)
             self.post(ERROR, call_id, msgspec.Raw(_encode(to_wire(error))))
-        finally:
-            self._served.pop(call_id, None)
 
     def _keep_beating(self) -> None:
         if self._beat is None:
@@ -331,21 +346,21 @@ class Endpoint:
         self._token = token
         self._methods = methods
         self._options = options
-        self._tasks: dict[asyncio.Task[None], None] = {}
-        self._known: dict[tuple[str, ...], Peer] = {}
-        self._connecting: dict[tuple[str, ...], asyncio.Lock] = {}
-        self._peers: dict[int, Peer] = {}
+        self._tasks: dict[asyncio.Task[object], None] = {}
+        self._peers: dict[Peer, None] = {}
+        self._called: dict[tuple[str, ...], Peer] = {}  # by addresses
+        self._attempts: dict[tuple[str, ...], asyncio.Task[Peer | ConnectionLost]] = {}  # likewise
 
     async def __aenter__(self) -> Endpoint:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for peer in list(self._peers.values()):
+        for peer in list(self._peers):
             peer.close("this process is closing")
         # Not a TaskGroup: it would wrap whatever the block raises in an ExceptionGroup.
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
+        while self._tasks:  # a task that ends may leave work for another one
+            for task in list(self._tasks):
+                task.cancel()
             await asyncio.wait(list(self._tasks))
 
     @asynccontextmanager
@@ -355,23 +370,28 @@ class Endpoint:
             yield bound
 
     async def peer(self, addresses: Sequence[str]) -> Peer:
-        """The connection to whoever listens at these addresses, the first that answers. Raises ConnectionLost."""
-        key = tuple(addresses)
-        async with self._connecting.setdefault(key, asyncio.Lock()):
-            known = self._known.get(key)
-            if known is not None and known.is_open:
-                return known
-            self._known[key] = peer = self._add(await self._connect(key))
-            return peer
+        """The connection to whoever listens at these addresses, the first that answers. Raises ConnectionLost.
 
-    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        All who ask meanwhile share one attempt, and its failure.
+        """
+        key = tuple(addresses)
+        if (known := self._called.get(key)) is not None:
+            return known
+        if (attempt := self._attempts.get(key)) is None:
+            attempt = self._attempts[key] = self.spawn(self._attempt(key))
+        found = await asyncio.shield(attempt)
+        if isinstance(found, ConnectionLost):
+            raise ConnectionLost(str(found))
+        return found
+
+    def spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         """A task that ends with this endpoint; what it raises is a bug, and logged."""
         task = asyncio.create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._done)
         return task
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[object]) -> None:
         del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a task of this endpoint failed", exc_info=error)
@@ -380,6 +400,16 @@ class Endpoint:
         if (found := self._methods.get(method)) is None:
             raise BadRequest(f"no method {method!r} here; this process serves {', '.join(self._methods) or 'none'}")
         return found
+
+    async def _attempt(self, addresses: tuple[str, ...]) -> Peer | ConnectionLost:
+        """A new connection. A failure is returned, since it is no bug if nobody waits for it any more."""
+        try:
+            peer = self._called[addresses] = self._add(await self._connect(addresses))
+            return peer
+        except ConnectionLost as error:
+            return error
+        finally:
+            del self._attempts[addresses]
 
     async def _connect(self, addresses: Sequence[str]) -> Connection:
         failures = []
@@ -397,12 +427,12 @@ class Endpoint:
 
     def _add(self, connection: Connection) -> Peer:
         peer = Peer(self, connection, self._options, self._forget)
-        if peer.is_open:
-            self._peers[id(peer)] = peer
+        self._peers[peer] = None
         return peer
 
     def _forget(self, peer: Peer) -> None:
-        self._peers.pop(id(peer), None)
+        del self._peers[peer]
+        self._called = {addresses: other for addresses, other in self._called.items() if other is not peer}
 
     def _wire(self, address: str) -> Wire:
         scheme = address.split(":", 1)[0]

@@ -69,6 +69,7 @@ class Stepper:
     def __init__(self, engine: Engine, region: Region, cache: PrefixCache, leases: LeaseTable, limits: Limits) -> None:
         self.pace = Pace()
         self.steps = 0
+        self.preemptions = 0
         self.on_starved: Callable[[Lease], None] = lambda lease: None  # the decoder calls the youngest lease off
         self._engine = engine
         self._region = region
@@ -90,6 +91,16 @@ class Stepper:
     @property
     def waiting(self) -> int:
         return len(self._waiting) + len(self._guests)
+
+    @property
+    def claimed_blocks(self) -> int:
+        """Blocks that own sequences take next: those that run, one or what their prompt lacks; the first in line, all.
+
+        Leases leave them alone, or a long prompt would wait for as long as short ones come.
+        """
+        blocks_for = self._region.layout.blocks_for
+        next_up = (*self._running, *self._waiting[:1])
+        return sum(max(1, blocks_for(len(run.tokens)) - len(run.blocks)) for run in next_up)
 
     @property
     def queued_tokens(self) -> int:
@@ -179,6 +190,7 @@ class Stepper:
         self._cache.release(run.blocks)
         run.blocks, run.computed = [], 0
         run.preemptions += 1
+        self.preemptions += 1
         self._running.remove(run)
         self._waiting.insert(0, run)
 
@@ -212,7 +224,7 @@ class Stepper:
             for run, _ in chosen:
                 run.on_error(error)
             return
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a bug of the engine: who waits for the end of this step may go on
             self._land()
             raise
         self.steps += 1

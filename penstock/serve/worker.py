@@ -114,7 +114,7 @@ class Worker:
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             output_tokens=counters.output_tokens,
-            preemptions=counters.preemptions,
+            preemptions=stepper.preemptions,
             handoffs=counters.handoffs,
             handoff_failures=counters.handoff_failures,
             in_place_bytes=counters.in_place_bytes,
@@ -126,11 +126,11 @@ class Worker:
     ) -> None:
         """Serves until `leave` is set, with `stay_known` telling the world; then drains for at most `grace_s()`.
 
-        Raises if this worker's own machinery failed.
+        Raises if this worker's own machinery failed, or what tells the world.
         """
-        async with _background(stay_known), _background(leave.wait()) as leaving:
-            # Nothing in `lives` ends by itself: if one does, it failed, and so has this worker.
-            done, _ = await asyncio.wait((leaving, *self._lives), return_when=asyncio.FIRST_COMPLETED)
+        async with _background(stay_known) as telling, _background(leave.wait()) as leaving:
+            # None of the others ends by itself: if one does, it failed, and so has this worker.
+            done, _ = await asyncio.wait((leaving, telling, *self._lives), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
             await self.drain(grace_s())

@@ -25,6 +25,11 @@ class Offer(msgspec.Struct, frozen=True):
     layout: KvLayout
     blocks: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """The offered region's."""
+        return (self.owner, self.epoch)
+
 
 class Exported(Protocol):
     """The owner's side of an offered region."""

@@ -55,10 +55,17 @@ class _WatchedTransport(MemoryTransport):
 
 
 class Cluster:
-    """`workers` by name, the regions of their KV, and a way to ask."""
+    """`workers` by name, the regions of their KV, the discovery that lists them, and a way to ask."""
 
-    def __init__(self, router: Router, workers: Mapping[str, Worker], regions: Mapping[str, Region]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        workers: Mapping[str, Worker],
+        regions: Mapping[str, Region],
+        discovery: MemoryDiscovery,
+    ) -> None:
         self.router = router
+        self.discovery = discovery
         self.workers = workers
         self.regions = regions
         self._asked = 0
@@ -109,7 +116,7 @@ async def cluster(
         endpoint = await stack.enter_async_context(Endpoint({"memory": network.wire("frontend")}, "", {}))
         router = await stack.enter_async_context(Router(discovery, endpoint, Random(1), policy))
         await router.wait_ready(len(workers))
-        yield Cluster(router, workers, regions)
+        yield Cluster(router, workers, regions, discovery)
 
 
 async def _announce(stack: AsyncExitStack, discovery: MemoryDiscovery, member: Member) -> None:

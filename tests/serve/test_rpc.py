@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from random import Random
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import clock
-from penstock.errors import BadRequest, ConnectionLost, Overloaded, PenstockError
+from penstock.errors import BadRequest, ConnectionLost, Overloaded, PenstockError, WireError
 from penstock.serve.rpc import Call, Endpoint, Handler, Peer, RpcOptions
 from penstock.sim.loop import run_virtual
 from penstock.wire.memory import MemoryNetwork
@@ -209,5 +211,89 @@ def test_nobody_there_says_who_was_asked_for() -> None:
         async with client:
             with pytest.raises(ConnectionLost, match="cannot reach memory:nobody or pigeon:x"):
                 await client.peer(["memory:nobody", "pigeon:x"])
+
+    run_virtual(story())
+
+
+def test_a_call_left_in_the_turn_that_opened_it_is_forgotten() -> None:
+    async def story() -> None:
+        async with pair({"echo": echo}, MemoryNetwork()) as peer:
+            async with peer.call("echo", None):
+                pass
+            await asyncio.sleep(100)  # were the call still served, the silence of its caller would end the connection
+            assert peer.is_open
+
+    run_virtual(story())
+
+
+def test_all_who_want_a_peer_that_does_not_answer_wait_for_one_attempt() -> None:
+    async def story() -> None:
+        network = MemoryNetwork()
+        async with pair({}, network), Endpoint({"memory": network.wire("other")}, "t", {}) as other:
+            network.freeze("server")
+            started_s = clock.now()
+            outcomes = await asyncio.gather(*(other.peer(["memory:server"]) for _ in range(10)), return_exceptions=True)
+            assert all(isinstance(outcome, ConnectionLost) for outcome in outcomes)
+            assert clock.now() - started_s < 6
+
+    run_virtual(story())
+
+
+def test_one_who_stops_waiting_for_a_peer_takes_it_from_nobody_else() -> None:
+    async def story() -> None:
+        network = MemoryNetwork()
+        async with pair({}, network), Endpoint({"memory": network.wire("other")}, "t", {}) as other:
+            network.freeze("server")
+            first, second = (asyncio.create_task(other.peer(["memory:server"])) for _ in range(2))
+            await asyncio.sleep(1)
+            first.cancel()
+            network.thaw("server")
+            assert (await second).is_open
+
+    run_virtual(story())
+
+
+def test_a_lost_peer_is_not_remembered() -> None:
+    async def story() -> None:
+        network = MemoryNetwork()
+        server = Endpoint({"memory": network.wire("server")}, "t", {})
+        async with Endpoint({"memory": network.wire("client")}, "t", {}) as client:
+            async with server, server.listen("memory:server"):
+                remembered = weakref.ref(await client.peer(["memory:server"]))
+            await asyncio.sleep(1)
+            gc.collect()
+            assert remembered() is None
+
+    run_virtual(story())
+
+
+def test_what_handlers_start_while_an_endpoint_closes_ends_as_well() -> None:
+    async def story() -> None:
+        async def leaves_work(call: Call) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                server.spawn(asyncio.sleep(1_000))
+
+        network = MemoryNetwork()
+        server = Endpoint({"memory": network.wire("server")}, "t", {"leaves_work": leaves_work})
+        async with Endpoint({"memory": network.wire("client")}, "t", {}) as client:
+            async with server, server.listen("memory:server"):
+                peer = await client.peer(["memory:server"])
+                peer.call("leaves_work", None)
+                await asyncio.sleep(1)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run_virtual(story())
+
+
+def test_an_item_that_cannot_be_read_is_an_error_of_the_peer() -> None:
+    async def babble(call: Call) -> None:
+        call.send("no number")
+
+    async def story() -> None:
+        async with pair({"babble": babble}, MemoryNetwork()) as peer, peer.call("babble", None) as call:
+            with pytest.raises(WireError, match="memory:server"):
+                await call.receive(decode_int)
 
     run_virtual(story())

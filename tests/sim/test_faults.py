@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import TaskGroup
 from dataclasses import replace
 from random import Random
 
 import pytest
 
 from penstock import clock
+from penstock.engine.api import Step
 from penstock.engine.simulated import Options as EngineOptions
 from penstock.errors import PenstockError
 from penstock.policy.batching import Limits
+from penstock.request import Token
 from penstock.serve.decode import DecodeOptions
 from penstock.serve.worker import WorkerOptions
 from penstock.sim.faults import Weather
@@ -109,6 +112,46 @@ def test_a_prefill_worker_that_stays_frozen_is_killed_and_its_blocks_come_back()
     run_virtual(story())
 
 
+def test_a_chunk_that_takes_longer_than_a_lease_may_be_silent_is_no_silence() -> None:
+    async def story() -> None:
+        worker = WorkerOptions("", 0, decode=DecodeOptions(lease_s=0.6))
+        async with World(seed=1, shape=Shape(engine=EngineOptions(prefill_token_s=4e-3), worker=worker)) as world:
+            answer = await world.ask(tokens=1_000)  # two chunks of two seconds
+            assert answer.is_whole and answer.finish is not None
+            assert (answer.finish.timeline.path, answer.finish.timeline.failures) == ("in-place", [])
+
+    run_virtual(story())
+
+
+def test_preemptions_are_counted_when_they_happen() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(prefill=0, kv_blocks=60)) as world:
+            asking = [asyncio.create_task(world.ask(tokens=10, max_tokens=900)) for _ in range(2)]
+            await asyncio.sleep(2)
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+            assert world.workers["decode-0"].load().preemptions > 0
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_prefill_engine_that_hangs_is_given_up_and_its_process_killed() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+            asking = asyncio.create_task(world.ask(tokens=2_000))
+            await asyncio.sleep(0.9)
+            world.engine("prefill-0").freeze()  # the process lives and says so
+            answer = await asking
+            assert answer.is_whole and answer.finish is not None
+            assert "made no step for 6" in answer.finish.timeline.failures[0]
+            await world.settle()
+            assert "prefill-0" not in world.workers
+
+    run_virtual(story())
+
+
 def test_a_decode_worker_lost_before_the_first_token_is_replaced() -> None:
     async def story() -> None:
         async with World(seed=1, shape=Shape(decode=2, engine=SLOW)) as world:
@@ -156,7 +199,8 @@ def test_a_restarted_worker_comes_back_under_a_new_epoch() -> None:
 def test_clients_that_leave_at_any_time_leave_nothing_behind() -> None:
     async def story() -> None:
         async with World(seed=3, shape=Shape(engine=SLOW)) as world:
-            asking = [asyncio.create_task(world.ask(tokens=700, max_tokens=40)) for _ in range(24)]
+            prompts = some_prompts(Random(3), 24)
+            asking = [asyncio.create_task(world.ask(prompt, max_tokens=40)) for prompt in prompts]
             for index, task in enumerate(asking):
                 await asyncio.sleep(0.1 + 0.05 * index)
                 task.cancel()
@@ -193,6 +237,24 @@ def test_running_requests_outrank_a_lease_that_is_not_complete() -> None:
     run_virtual(story())
 
 
+def test_a_long_prompt_that_waits_for_blocks_is_not_overtaken_for_as_long_as_short_ones_come() -> None:
+    async def story() -> None:
+        engine = EngineOptions(prefill_token_s=1e-3, step_s=0.01)
+        async with World(seed=1, shape=Shape(prefill=3, kv_blocks=100, engine=engine)) as world, TaskGroup() as group:
+
+            async def crowd() -> None:
+                while clock.now() < 60:
+                    group.create_task(world.ask(tokens=300, max_tokens=40))
+                    await asyncio.sleep(0.25)
+
+            group.create_task(crowd())
+            await asyncio.sleep(3)
+            answer = await world.ask(tokens=1_400)  # 88 of 100 blocks
+            assert answer.is_whole and answer.ttft_s < 6
+
+    run_virtual(story())
+
+
 def test_a_late_write_cannot_hit_blocks_that_serve_somebody_else() -> None:
     async def story() -> None:
         async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
@@ -225,6 +287,71 @@ def test_a_chunk_in_progress_keeps_its_blocks_until_it_has_ended() -> None:
             await world.settle()
 
     run_virtual(story())
+
+
+def test_blocks_granted_on_a_connection_that_was_given_up_are_never_written() -> None:
+    """The grant is on its way for 6 s; the lease is settled meanwhile, on another connection."""
+
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
+            granted_s: list[float] = []
+
+            def slow_line(source: str, to: str, frame: bytes) -> list[float]:
+                if b"granted" in frame:
+                    granted_s.append(clock.now())
+                since_s = clock.now() - granted_s[0] if granted_s else 0.0
+                if not granted_s or since_s > 3.5 or b"settle" in frame:
+                    return [0.0]
+                if source.startswith("decode") and to.startswith("prefill"):
+                    return [6.0]
+                return [] if source.startswith("prefill") and 0.1 < since_s < 1.1 else [0.0]
+
+            world.network.weather = slow_line
+            prompt = list(range(500, 2_500))
+            assert (await world.ask(prompt)).is_whole
+            await asyncio.sleep(8)
+            again = await world.ask(prompt[:1_900])
+            assert again.is_whole and again.finish is not None and again.finish.timeline.cached_tokens > 1_000
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_frozen_decode_worker_holds_up_no_prefill_but_its_own() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+
+            def freezing(source: str, to: str, frame: bytes) -> list[float]:
+                if b"begin" in frame and to.startswith("decode-0"):  # so no blocks are granted for what began
+                    world.freeze("decode-0")
+                return [0.0]
+
+            world.network.weather = freezing
+            stuck = [asyncio.create_task(world.ask(tokens=tokens)) for tokens in (20, 400)]
+            world.start("decode-1", "decode")
+            await asyncio.sleep(0.5)
+            answer = await world.ask(tokens=2_000)
+            assert answer.is_whole and answer.finish is not None and answer.finish.timeline.path == "in-place"
+            assert answer.ttft_s < 2.2
+            world.thaw("decode-0")
+            assert all(answer.is_whole for answer in await asyncio.gather(*stuck))
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_an_engine_that_breaks_ends_its_worker() -> None:
+    async def broken(step: Step) -> list[Token | None]:
+        raise ZeroDivisionError("a bug of the engine")
+
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+            world.engine("prefill-0").step = broken  # type: ignore[method-assign]
+            assert (await world.ask(tokens=2_000)).is_whole
+
+    with pytest.raises(ExceptionGroup) as failed:
+        run_virtual(story())
+    assert failed.group_contains(ZeroDivisionError)
 
 
 def test_seeded_sampling_is_the_same_whoever_serves_it() -> None:
@@ -283,37 +410,62 @@ def test_roles_change_while_serving() -> None:
 
 
 async def stormy(seed: int, weather: Weather) -> list[Answer]:
-    """Random clients under random misfortunes; then the sky clears and everything must come to rest."""
+    """Random clients under random misfortunes; then the sky clears, and everything must come to rest.
+
+    Prompts share beginnings, so blocks are cached, read by others, and written late by whoever was given up. At the
+    end every prompt is asked again: what the caches hold must be right.
+    """
     rng = Random(seed)
-    engine = EngineOptions(prefill_token_s=rng.choice([1e-4, 1e-3]), step_s=0.01)
+    engine = EngineOptions(prefill_token_s=rng.choice([3e-4, 1e-3]), step_s=0.01, pieces=4)
     worker = WorkerOptions("", 0, decode=DecodeOptions(lease_s=2.0), kill_after_s=8.0)
-    shape = Shape(prefill=2, decode=2, engine=engine, kv_blocks=rng.choice([100, 400]), worker=worker)
+    shape = Shape(prefill=2, decode=2, engine=engine, kv_blocks=rng.choice([100, 200]), worker=worker)
+    prompts = some_prompts(rng, 12)
     async with World(seed, shape, weather) as world:
         asking: list[asyncio.Task[Answer]] = []
-        for _ in range(12):
-            tokens, leave = rng.randrange(1, 1_200), rng.choice([None, None, 3])
-            asking.append(asyncio.create_task(world.ask(tokens=tokens, max_tokens=30, leave_after=leave)))
+        for prompt in prompts:
+            leave = rng.choice([None, None, 3])
+            asking.append(asyncio.create_task(world.ask(prompt, max_tokens=30, leave_after=leave)))
             await asyncio.sleep(rng.random())
-            await misfortune(rng, world)
+            if rng.random() < 0.5:
+                rng.choice(asking[-2:]).cancel()
+            misfortune(rng, world)
         world.weather = Weather()
         for name in world.workers:
             world.thaw(name)
-        answers = await asyncio.gather(*asking)
+        await asyncio.wait(asking)
+        await world.settle()
+        again = await asyncio.gather(*(world.ask(prompt, max_tokens=1) for prompt in prompts))
         await world.settle()
         assert clock.now() < 300
-        return answers
+        return [task.result() for task in asking if not task.cancelled()] + again
 
 
-async def misfortune(rng: Random, world: World) -> None:
+def some_prompts(rng: Random, count: int) -> list[list[int]]:
+    """Each begins like one of three, and goes on by itself."""
+    stems = [[rng.randrange(100, 30_000) for _ in range(1_000)] for _ in range(3)]
+    return [
+        rng.choice(stems)[: rng.randrange(1_000)] + [rng.randrange(100, 30_000) for _ in range(rng.randrange(1, 300))]
+        for _ in range(count)
+    ]
+
+
+def misfortune(rng: Random, world: World) -> None:
     name = rng.choice(["prefill-0", "prefill-1", "decode-0", "decode-1"])
-    kind = rng.choice(["crash", "freeze", "thaw", "none", "none", "none"])
+    kind = rng.choice(["crash", "freeze", "hang", "hang", "none", "none"])
     if name not in world.workers:
         world.start(name)
     elif kind == "crash":
         world.crash(name)
-    elif kind == "freeze":
-        world.freeze(name)
-    elif kind == "thaw":
+    elif kind != "none":
+        if kind == "freeze":
+            world.freeze(name)
+        else:
+            world.engine(name).freeze()  # a slow kernel
+        asyncio.get_running_loop().call_later(rng.choice([1, 3, 5]), wake, world, name)
+
+
+def wake(world: World, name: str) -> None:
+    if name in world.workers:
         world.thaw(name)
 
 

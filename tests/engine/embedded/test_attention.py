@@ -17,7 +17,7 @@ from torch import Tensor
 from penstock.blocks import BlockId, KvLayout
 from penstock.engine import embedded_batch
 from penstock.engine.api import Slice
-from penstock.engine.embedded_attention import Paged, Pool, paged_attention
+from penstock.engine.embedded_attention import Paged, Pool, Scratch, paged_attention
 from penstock.engine.embedded_batch import Geometry, build
 from penstock.errors import UnsupportedModel
 
@@ -84,7 +84,7 @@ def paged(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor |
         if slices:
             batch = build(slices, GEOMETRY)
             row = batch.input_ids[0]
-            step = Paged(pool, batch)
+            step = Paged(pool, batch, Scratch())
             step.clear_fresh()
             step.update(key[row].transpose(0, 1)[None], value[row].transpose(0, 1)[None], LAYER)
             attended, _ = paged_attention(
@@ -127,7 +127,7 @@ def plain(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor |
 
 def attend(module: Any, **arguments: Any) -> None:
     batch = build([Slice([0], 0, [BlockId(0)])], GEOMETRY)
-    step = Paged(Pool(torch.zeros(LAYOUT.block_bytes // 4), LAYOUT), batch)
+    step = Paged(Pool(torch.zeros(LAYOUT.block_bytes // 4), LAYOUT), batch, Scratch())
     query = torch.zeros(1, HEADS, 1, 4)
     paged_attention(module, query, query, query, None, paged=step, scaling=1.0, **arguments)
 
