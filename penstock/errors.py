@@ -5,6 +5,7 @@ PenstockError
 │   ├── MissingExtra                a package of an optional extra is not installed
 │   ├── UnreadableModel             the model folder cannot be read
 │   ├── UnsupportedModel            the architecture cannot be served
+│   ├── BadTopology                 what is said to be wired to what cannot be
 │   ├── AddressInUse                somebody else listens there
 │   └── UnsafeBind                  an address beyond loopback without a key
 ├── RequestError                    the client's mistake; answered with a 4xx
@@ -25,6 +26,7 @@ PenstockError
 │   ├── WorkerStalled               it is there and makes no progress
 │   ├── WorkerDraining              it takes nothing new
 │   └── EngineFailed                its engine raised
+├── NoPath                          no links lead from one device to another
 ├── WireError
 │   ├── ConnectionLost              the peer is gone, or frames went missing
 │   ├── Refused                     wrong token or protocol
@@ -66,6 +68,10 @@ class UnreadableModel(SetupError):
 
 class UnsupportedModel(SetupError):
     """The architecture cannot be served."""
+
+
+class BadTopology(SetupError):
+    """What is said to be wired to what cannot be; the message names the vertex, or the file, line and field."""
 
 
 class AddressInUse(SetupError):
@@ -204,6 +210,10 @@ class EngineFailed(WorkerError):
 
     status = 500
     code = "engine_failed"
+
+
+class NoPath(PenstockError):
+    """No links lead from one device to another."""
 
 
 class WireError(PenstockError):
