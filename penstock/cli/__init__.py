@@ -3,6 +3,8 @@
     serve      everything on this machine, in one command
     worker     one more worker for a server that runs
     frontend   the HTTP side alone; `serve` starts it, and so can an orchestrator
+    profile    how long steps of an engine take here, and a model of it
+    topology   what is wired to what
 
 Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
 What is heavy is imported inside the commands, so that `penstock --help` is quick.
@@ -217,6 +219,73 @@ def frontend(
     from penstock.cli.frontend import run_frontend
 
     process.run(run_frontend(config, http, registry))
+
+
+@app.command
+def profile(
+    model: str = "",
+    /,
+    *,
+    engine: Engine = EngineSettings(),
+    seconds: float = 20.0,
+    plot: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Measure how long steps of an engine take on this machine, and fit a model that predicts it.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face folder, or a hub id such as org/name; by default the bundled demo model.
+    seconds
+        How long to measure, once the model is loaded.
+    plot
+        Where to write the fit against what was measured, as SVG.
+    as_json
+        Print one JSON object, for scripts.
+    """
+    from penstock.cli.profile import profile as profile_engine
+
+    if seconds <= 0:
+        raise SetupError(f"--seconds {seconds:g} is too short: every kind of step must be measured once")
+    profile_engine(find_model(model), engine, seconds, plot, as_json)
+
+
+topology_commands = App(name="topology", help="What is wired to what: devices, links, the domains they fail with.")
+app.command(topology_commands)
+
+
+@topology_commands.command(name="show")
+def topology_show(
+    source: str = "",
+    /,
+    *,
+    local: Annotated[bool, Parameter(negative=())] = False,
+    labels: Path | None = None,
+    svg: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Show a topology as a tree; what is alike is shown once.
+
+    Parameters
+    ----------
+    source
+        A topology file, or the name of a preset such as hgx-h100; by default this host.
+    local
+        This host, which is also the default.
+    labels
+        Instead: a JSON file of node labels, {node: {label: value}}, or what `kubectl get nodes -o json` prints.
+    svg
+        Where to write a drawing.
+    as_json
+        Print all vertices and links as one JSON object, for scripts.
+    """
+    from penstock.cli.topology import show
+
+    if sum(map(bool, (source, local, labels))) > 1:
+        raise SetupError("a file or preset, --local and --labels are three topologies: name one")
+    process.log_to_stderr("topology", "warning")
+    show(source, labels, svg, as_json)
 
 
 def leases_folder(discovery: str) -> Path | None:

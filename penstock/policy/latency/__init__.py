@@ -1,0 +1,7 @@
+"""How long things take: seconds of a step or a transfer, predicted, with how far off the prediction may be.
+
+    shape, device -> roofline  \
+    silicon (measured tables)  -> Line, a prior -> OnlineFit, overridden by what the worker itself measures
+    `penstock profile`         /
+                                                   `steps` says what a step is made of, `transfers` a transfer
+"""
