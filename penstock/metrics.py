@@ -125,8 +125,8 @@ def _add_histogram(family: HistogramMetricFamily, model: str, histogram: Histogr
 
 
 _GAUGES = {
-    "num_requests_running": ("running", "Sequences that decode"),
-    "num_requests_waiting": ("waiting", "Sequences that wait for their prefill"),
+    "num_requests_running": ("running", "Sequences that are prefilled here or decode"),
+    "num_requests_waiting": ("waiting", "Sequences that wait for blocks, and prefills for other workers"),
     "queued_prompt_tokens": ("queued_tokens", "Tokens of prompts that wait to be computed"),
     "kv_blocks_leased": ("leased_blocks", "Blocks that other workers may write"),
     "kv_blocks_quarantined": ("quarantined_blocks", "Blocks not reused until their last writer is known gone"),

@@ -2,16 +2,16 @@
 
     reserved --wrote--> receiving --commit--> committed      the sequence owns the blocks now
         \\                   \\
-         +-------------------+---abort, lapse---> aborted    the blocks go to quarantine until the writer has
+         +-------------------+---abort, silence-> aborted    the blocks go to quarantine until the writer has
                                                              confirmed that it stopped, or is known to be gone
 
 A store through a mapping cannot be called back by a message. So memory that a peer may still write is never reused:
-an aborted lease keeps its blocks until `settle` (the writer confirmed) or `writer_gone` (its process ended).
+an aborted lease keeps its blocks until `settle`: its writer confirmed, or its process ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,19 +29,13 @@ class Lease:
     id: int
     writer: str
     needed_blocks: int  # for the whole prompt, beyond the cached prefix
-    opened_s: float
     renewed_s: float
     state: LeaseState = "reserved"
     blocks: list[BlockId] = field(default_factory=list)
-    aborted_s: float = 0.0
-
-    @property
-    def is_open(self) -> bool:
-        return self.state in ("reserved", "receiving")
 
 
 class LeaseTable:
-    """All leases on one worker's region. Silence of `lease_s` aborts. Owned by the decode worker."""
+    """All leases on one worker's region. What comes after `lease_s` of silence is too late. Owned by the decoder."""
 
     def __init__(self, cache: PrefixCache, lease_s: float) -> None:
         self._cache = cache
@@ -61,7 +55,7 @@ class LeaseTable:
 
     def open(self, now: float, writer: str, needed_blocks: int) -> Lease:
         """A lease without blocks yet; `grow` it."""
-        lease = Lease(self._next_id, writer, needed_blocks, opened_s=now, renewed_s=now)
+        lease = Lease(self._next_id, writer, needed_blocks, renewed_s=now)
         self._next_id += 1
         self._open[lease.id] = lease
         return lease
@@ -92,52 +86,32 @@ class LeaseTable:
         lease.state = "committed"
         return lease.blocks
 
-    def abort(self, now: float, lease_id: int) -> None:
+    def abort(self, lease_id: int) -> None:
         """Nothing under this lease counts any more. Idempotent; no effect on a committed lease."""
         lease = self._open.pop(lease_id, None)
         if lease is None:
             return
         lease.state = "aborted"
-        lease.aborted_s = now
         if lease.blocks:
             self._cache.quarantine(lease.blocks)
             self._aborted[lease_id] = lease
-
-    def lapse(self, now: float) -> list[Lease]:
-        """Aborts leases of which nothing was heard for `lease_s`, and returns them."""
-        silent = [lease for lease in self._open.values() if now - lease.renewed_s > self._lease_s]
-        for lease in silent:
-            self.abort(now, lease.id)
-        return silent
 
     def youngest_open(self) -> Lease | None:
         """The lease whose loss costs least: the last one opened."""
         return next(reversed(self._open.values()), None)
 
     def settle(self, lease_id: int) -> None:
-        """The writer confirmed that it has stopped writing: an aborted lease's blocks are free again. Idempotent."""
+        """Nobody can write under this aborted lease any more: its blocks are free again. Idempotent."""
         lease = self._aborted.pop(lease_id, None)
         if lease is not None:
             self._cache.readmit(lease.blocks)
-
-    def writer_gone(self, writer: str) -> None:
-        """No process can write for `writer` any more."""
-        for lease in self.aborted_by(writer):
-            self.settle(lease.id)
-
-    def aborted_by(self, writer: str) -> list[Lease]:
-        """Leases of `writer` in quarantine."""
-        return [lease for lease in self._aborted.values() if lease.writer == writer]
-
-    def in_quarantine(self) -> Iterable[Lease]:
-        return self._aborted.values()
 
     def _renew(self, now: float, lease_id: int) -> Lease:
         lease = self._open.get(lease_id)
         if lease is None:
             raise LeaseLost(f"lease {lease_id} is not open here: it lapsed, was aborted or is committed already")
         if now - lease.renewed_s > self._lease_s:
-            self.abort(now, lease_id)
+            self.abort(lease_id)
             raise LeaseLost(
                 f"lease {lease_id} of {lease.writer} lapsed after {now - lease.renewed_s:.1f} s of silence; "
                 "prefill again, or raise --lease-s"

@@ -71,7 +71,7 @@ class BlockPool:
             self._free.append(block)
 
     def check_integrity(self, idle: int) -> None:
-        """Every block is in exactly one state, `idle` of them idle. Run whenever a worker has nothing to do."""
+        """Every block is in exactly one state, `idle` of them idle."""
         held = sum(1 for count in self._references if count > 0)
         total = len(self._free) + held + len(self._quarantined) + idle
         if total != self.blocks or len(dict.fromkeys(self._free)) != len(self._free):

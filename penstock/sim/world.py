@@ -215,7 +215,7 @@ class World:
 
     def _busy(self, name: str) -> str:
         load = self._processes[name].worker.load()
-        if load.free_blocks == load.blocks and not load.running and not load.waiting:
+        if load.free_blocks == load.blocks and not (load.running or load.waiting or load.leased_blocks):
             return ""
         return (
             f"{name} has {load.running} running, {load.waiting} waiting, {load.free_blocks} of {load.blocks} blocks "
@@ -240,6 +240,10 @@ class World:
             await self._closing.wait()
 
     async def _run_worker(self, process: _Process) -> None:
-        async with process.worker as worker:
-            joining = stay_joined(worker.endpoint, (FRONTEND,), worker.standing, self.shape.report_s)
-            await worker.serve(joining, process.leave, lambda: self.shape.grace_s)
+        try:
+            async with process.worker as worker:
+                joining = stay_joined(worker.endpoint, (FRONTEND,), worker.standing, self.shape.report_s)
+                await worker.serve(joining, process.leave, lambda: self.shape.grace_s)
+        finally:
+            if self._processes.get(process.options.name) is process:
+                del self._processes[process.options.name]

@@ -90,6 +90,22 @@ def test_prefill_stopped_in_prefill_is_done_again_and_its_late_writes_hit_nobody
     run(story(), timeout_s=60)
 
 
+def test_decode_stopped_past_its_leases_wakes_and_trusts_none_of_them() -> None:
+    async def story() -> None:
+        async with serving("--lease-s=1.0") as server:
+            prompt = a_prompt(1_500)
+            asking = asyncio.create_task(complete(server, prompt, 8))
+            await wait_until_prefilling(server)
+            server.kill("decode-0", signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(3.0, server.kill, "decode-0", signal.SIGCONT)
+            answer = await asking
+            assert answer.choices[0].text == expected_text(prompt, 8)
+            assert timeline(answer)["path"] == "local" and timeline(answer)["failures"]
+            await server.wait_at_rest()
+
+    run(story(), timeout_s=60)
+
+
 def test_decode_killed_in_mid_stream_is_an_error_event_and_the_worker_returns() -> None:
     async def story() -> None:
         async with serving() as server:

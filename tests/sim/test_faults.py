@@ -199,12 +199,25 @@ def test_a_restarted_worker_comes_back_under_a_new_epoch() -> None:
 def test_clients_that_leave_at_any_time_leave_nothing_behind() -> None:
     async def story() -> None:
         async with World(seed=3, shape=Shape(engine=SLOW)) as world:
-            prompts = some_prompts(Random(3), 24)
-            asking = [asyncio.create_task(world.ask(prompt, max_tokens=40)) for prompt in prompts]
+            asking = [asyncio.create_task(world.ask(tokens=700, max_tokens=40)) for _ in range(24)]
             for index, task in enumerate(asking):
                 await asyncio.sleep(0.1 + 0.05 * index)
                 task.cancel()
             await asyncio.wait(asking)
+            await world.settle(within_s=5)
+
+    run_virtual(story())
+
+
+def test_an_attempt_that_fails_gives_back_the_prefix_it_read() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+            first = list(range(200, 1_200))
+            assert (await world.ask(first)).is_whole
+            leaving = asyncio.create_task(world.ask(first[:800] + list(range(5_000, 7_000))))
+            await asyncio.sleep(0.9)
+            assert world.workers["decode-0"].load().leased_blocks
+            leaving.cancel()
             await world.settle(within_s=5)
 
     run_virtual(story())
