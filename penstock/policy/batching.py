@@ -13,6 +13,11 @@ class Limits:
     step_tokens: int = 512
     max_running: int = 256
 
+    @property
+    def slots(self) -> int:
+        """Sequences that may run at a time, so that each can decode in every step."""
+        return min(self.max_running, self.step_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Want:
@@ -74,7 +79,7 @@ def plan_step(
     if batch.preempt or batch.starved:
         return batch
     room = free_blocks - promised_blocks - len(running)  # every running sequence will soon want one more block
-    slots = limits.max_running - len(running)
+    slots = limits.slots - len(running)
     for index, want in enumerate(waiting[: max(0, slots)]):
         if budget <= 0:
             break

@@ -286,7 +286,7 @@ class Decoder:
         start = len(borrowing.pinned) * self._layout.block_tokens
         needed = self._layout.blocks_for(prompt) - len(borrowing.pinned)
         room = self._cache.available - self._leases.promised_blocks - self._stepper.claimed_blocks
-        if needed > room:
+        if needed > room or len(self._lent) >= self._stepper.free_slots:
             return NoRoom()
         borrowing.lease = self._leases.open(clock.now(), borrowing.hop.incarnation, needed)
         self._lent[borrowing.lease.id] = borrowing

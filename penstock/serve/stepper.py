@@ -93,6 +93,11 @@ class Stepper:
         return len(self._waiting) + len(self._guests)
 
     @property
+    def free_slots(self) -> int:
+        """Own sequences that may join or be admitted."""
+        return self._limits.slots - len(self._running)
+
+    @property
     def claimed_blocks(self) -> int:
         """Blocks that own sequences take next: those that run, one or what their prompt lacks; the first in line, all.
 

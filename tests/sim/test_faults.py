@@ -236,6 +236,18 @@ def test_a_small_pool_preempts_calls_leases_off_and_still_answers_everybody() ->
     run_virtual(story())
 
 
+def test_more_streams_than_a_step_has_tokens_wait_before_their_first_token_and_not_in_mid_stream() -> None:
+    async def story() -> None:
+        shape = Shape(worker=replace(WorkerOptions("", 0), limits=Limits(step_tokens=16)))
+        async with World(seed=1, shape=shape) as world:
+            answers = await asyncio.gather(*(world.ask(tokens=60, max_tokens=100) for _ in range(40)))
+            assert all(answer.is_whole for answer in answers)
+            durations_s = [answer.ended_s - answer.ttft_s for answer in answers]
+            assert max(durations_s) < 1.5 * min(durations_s)
+
+    run_virtual(story())
+
+
 def test_running_requests_outrank_a_lease_that_is_not_complete() -> None:
     async def story() -> None:
         async with World(seed=2, shape=Shape(kv_blocks=100, engine=SLOW)) as world:
