@@ -41,6 +41,7 @@ from penstock.request import Request, Sampling, Timeline
 from penstock.serve.registry import Registry
 from penstock.serve.router import Router
 from penstock.serve.rpc import Endpoint
+from penstock.tokens import pack
 from penstock.wire.stream import StreamWire
 
 TOKENS_PER_MIB = 4
@@ -207,7 +208,7 @@ async def serve_both(fleet: Fleet, tokens: int, rng: Random, turn: int) -> tuple
 async def serve(router: Router, tokens: int, rng: Random) -> Timeline:
     prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(tokens)]
     sampling = Sampling(MAX_TOKENS, temperature=0, ignore_eos=True)
-    async with router.generate(Request(rng.randbytes(8).hex(), MODEL, prompt, sampling)) as stream:
+    async with router.generate(Request(rng.randbytes(8).hex(), MODEL, pack(prompt), sampling)) as stream:
         while (await stream.read())[1] is None:
             pass
     timeline = stream.timeline

@@ -6,13 +6,14 @@ so that moving it is one descriptor. Memory of many blocks is a `Region`.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NewType
 
 import msgspec
+
+from penstock.tokens import TOKEN_BYTES
 
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)  # 16 bytes
@@ -66,20 +67,20 @@ class Region:
 
 
 def chain_hashes(
-    tokens: Sequence[int], block_tokens: int, salt: str = "", parent: BlockHash | None = None
+    tokens: bytes | memoryview, block_tokens: int, salt: str = "", parent: BlockHash | None = None
 ) -> Iterable[BlockHash]:
-    """Chained 128-bit hashes of the full blocks of `tokens`: equal hashes mean equal prefixes and equal salt.
+    """Chained 128-bit hashes of the full blocks of packed `tokens`: equal hashes mean equal prefixes and equal salt.
 
-    `parent` is the hash of the block before `tokens[0]`. blake2b, keyed by `salt` (at most 64 bytes are used as
+    `parent` is the hash of the block before the first token. blake2b, keyed by `salt` (at most 64 bytes are used as
     the key; a longer one is hashed first).
     """
     key = salt.encode()
     if len(key) > 64:
         key = blake2b(key).digest()
-    pack = struct.Struct(f"<{block_tokens}I").pack
+    size = block_tokens * TOKEN_BYTES
     before: bytes = parent or b""
-    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+    for start in range(0, len(tokens) - size + 1, size):
         digest = blake2b(before, digest_size=16, key=key)
-        digest.update(pack(*tokens[start : start + block_tokens]))
+        digest.update(tokens[start : start + size])
         before = digest.digest()
         yield BlockHash(before)

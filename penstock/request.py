@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from penstock.tokens import count
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -28,10 +30,14 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
 
     id: str
     model: str
-    prompt: list[int]
+    prompt: bytes  # token ids, see `tokens.pack`
     sampling: Sampling
     timeout_s: float = 600.0  # from arrival at the frontend; an interval, since clocks of hosts differ
     salt: str = ""  # keeps the cached blocks of tenants apart
+
+    @property
+    def prompt_tokens(self) -> int:
+        return count(self.prompt)
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

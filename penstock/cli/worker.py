@@ -12,7 +12,7 @@ from penstock.cli import process
 from penstock.config import EngineSettings, Model, WorkerConfig, parse
 from penstock.discovery.file import FileDiscovery
 from penstock.engine.api import Engine
-from penstock.serve.decode import DecodeOptions
+from penstock.serve.lend import LendOptions
 from penstock.serve.registry import stay_announced, stay_joined
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.transport.api import Transport
@@ -62,7 +62,7 @@ def worker_options(config: WorkerConfig) -> WorkerOptions:
         kv_bytes=config.kv.kv_bytes,
         kv_room_bytes=host_room_bytes(),
         pid=os.getpid(),
-        decode=DecodeOptions(lease_s=config.kv.lease_s),
+        lend=LendOptions(lease_s=config.kv.lease_s),
     )
 
 

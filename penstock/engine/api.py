@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.request import Sampling, Token
@@ -85,5 +85,25 @@ class Engine(Protocol):
 
         Cancelling the await does not stop the computation: the caller shields it and waits, since the memory is
         being written until it returns. Raises EngineFailed.
+        """
+        ...
+
+
+@runtime_checkable
+class MultiStepEngine(Engine, Protocol):
+    """An engine that can compute several decode steps in one call, while nothing else is to be done."""
+
+    async def decode(self, step: Step, steps: int) -> list[list[Token]]:
+        """The tokens of each slice after up to `steps` steps: equally many for all, at least one.
+
+        Every slice has one token and `sampling`, and a block table that is long enough for `start + steps` tokens; what
+        is sampled in one step is the input of the next. Like `step` it must be shielded from cancellation.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Lets the `decode` that was called last, even if it has not begun, end with the step it is at.
+
+        Called only between that call and its return.
         """
         ...

@@ -44,6 +44,7 @@ class Options:
     prefill_token_s: float = 20e-6
     decode_sequence_s: float = 100e-6
     pieces: int = 2  # in how many parts a step's writes are spread over its time
+    most_steps: int = 16  # that one call of `decode` computes
 
 
 class _Sizes(msgspec.Struct):
@@ -59,6 +60,7 @@ class SimulatedEngine:
         self._options = options = _complete(options)
         self._regions: dict[tuple[str, int], Words] = {}
         self._weights = _weights(options.max_context_tokens)
+        self._is_interrupted = False
 
     @property
     def info(self) -> EngineInfo:
@@ -103,6 +105,25 @@ class SimulatedEngine:
             await self.pass_time(duration_s / options.pieces)
         return [self._sample(memory, part) if part.sampling else None for part in step.slices]
 
+    async def decode(self, step: Step, steps: int) -> list[list[Token]]:
+        """Step after step, as `step` computes them."""
+        made: list[list[Token]] = [[] for _ in step.slices]
+        try:
+            for _ in range(min(steps, self._options.most_steps)):
+                for tokens, token in zip(made, await self.step(step), strict=True):
+                    tokens.append(_sampled(token))
+                if self._is_interrupted:
+                    break
+                step = Step(
+                    step.region, [_next(part, tokens[-1]) for part, tokens in zip(step.slices, made, strict=True)]
+                )
+        finally:
+            self._is_interrupted = False
+        return made
+
+    def interrupt(self) -> None:
+        self._is_interrupted = True
+
     async def pass_time(self, seconds: float) -> None:
         """A part of a step's time goes by. Simulations put faults here."""
         await asyncio.sleep(seconds)
@@ -112,6 +133,17 @@ class SimulatedEngine:
         fingerprints = memory[np.asarray(part.blocks), 0].reshape(-1)[:length]
         digest = int(np.dot(fingerprints, self._weights[:length]))
         return _token(digest, length, part.sampling, self._options)
+
+
+def _next(part: Slice, token: Token) -> Slice:
+    """The same sequence, one decode step later."""
+    return replace(part, tokens=[token.id], start=part.start + 1)
+
+
+def _sampled(token: Token | None) -> Token:
+    if token is None:
+        raise EngineFailed("a decode step was asked for of a sequence that samples nothing")
+    return token
 
 
 def expected_tokens(prompt: Sequence[int], sampling: Sampling, options: Options) -> list[int]:

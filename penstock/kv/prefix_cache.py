@@ -66,6 +66,11 @@ class PrefixCache:
             count += 1
         return count
 
+    def hold(self, blocks: Sequence[BlockId]) -> None:
+        """One reference more for each of these, which the caller holds already."""
+        for block in blocks:
+            self._pool.hold(block)
+
     def publish(self, block: BlockId, digest: BlockHash) -> None:
         """`block`, held by the caller, is full, computed and will not change: others may find it."""
         if digest not in self._by_hash and block not in self._hash_of:

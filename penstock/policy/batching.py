@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -41,7 +41,7 @@ class Batch:
 
 def plan_step(
     running: Sequence[Want],
-    waiting: Sequence[Want],
+    waiting: Iterable[Want],
     free_blocks: int,
     promised_blocks: int,
     block_tokens: int,
@@ -80,9 +80,9 @@ def plan_step(
         return batch
     room = free_blocks - promised_blocks - len(running)  # every running sequence will soon want one more block
     slots = limits.slots - len(running)
-    for index, want in enumerate(waiting[: max(0, slots)]):
-        if budget <= 0:
-            break
+    if slots <= 0 or budget <= 0:
+        return batch
+    for index, want in enumerate(waiting):
         need = -(-(want.computed_tokens + want.pending_tokens) // block_tokens) - want.blocks
         if need > room:
             break
@@ -90,6 +90,8 @@ def plan_step(
         batch.admit.append((index, tokens))
         room -= need + 1
         budget -= tokens
+        if budget <= 0 or len(batch.admit) >= slots:
+            break
     return batch
 
 

@@ -133,7 +133,7 @@ class Answer:
         series = self._series
         if self._last_s is None:
             series.ttft_s.observe(at_s - self.arrived_s)
-            series.prompt_tokens += len(self.request.prompt)
+            series.prompt_tokens += self.request.prompt_tokens
         else:
             series.itl_s.observe((at_s - self._last_s) / tokens, tokens)
         self._last_s = at_s
@@ -158,11 +158,11 @@ class Answer:
         if started_s is not None and ended_s is not None:
             self._series.queue_s.observe(started_s)
             self._series.prefill_s.observe(ended_s - started_s)
-        return reason, Usage(len(self.request.prompt), self._tokens, cached), timeline
+        return reason, Usage(self.request.prompt_tokens, self._tokens, cached), timeline
 
     def _timeline(self) -> Timeline:
         """The workers', completed by what is known here if they were stopped before they could tell the end."""
         if self._finish is not None:
             return self._finish.timeline
-        told = self.told or Timeline(prompt_tokens=len(self.request.prompt))
+        told = self.told or Timeline(prompt_tokens=self.request.prompt_tokens)
         return msgspec.structs.replace(told, output_tokens=self._tokens, ended_s=now() - self.arrived_s)

@@ -51,6 +51,7 @@ from penstock.serve.http import Exchange, Receive, Scope, Send
 from penstock.serve.openai import Ask, Dialect, Heading
 from penstock.serve.pulse import Pulse
 from penstock.serve.text import Tokenizer
+from penstock.tokens import pack
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +262,7 @@ class Frontend:
         budget = openai.output_budget(len(prompt), ask.max_tokens, dialect.default_tokens, card.max_context_tokens)
         seed = self._rng.getrandbits(63) if ask.seed is None else ask.seed
         sampling = ask.sampling(budget, seed)
-        request = Request(exchange.id, ask.model, prompt, sampling, self._options.timeout_s)
+        request = Request(exchange.id, ask.model, pack(prompt), sampling, self._options.timeout_s)
         if exchange.headers.get(b"x-penstock-timeline") == b"1":
             ask = msgspec.structs.replace(ask, wants_timeline=True)
         heading = Heading(dialect.id_prefix + request.id, int(wall_s()), ask.model)

@@ -1,13 +1,15 @@
-"""The prefill side: computes prompts for decode workers, in their memory.
+"""The prefill side: computes prompts for decode workers.
 
-A job waits for its turn, maps the asker's region, borrows blocks chunk by chunk and writes into nothing else. It ends
-with the first token, or when the asker leaves; `settle` answers once a lease's blocks are certainly not being written.
+Where it reaches the decode worker's memory, it computes there, in place: a job waits for its turn, borrows blocks chunk
+by chunk and writes into nothing else. Elsewhere it computes in its own memory, keeps what it computed in its own cache,
+and has each finished block written through while it computes the next. A job ends when all KV is in place, or when the
+asker leaves; `settle` answers once a lease's blocks are certainly not being written.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -16,11 +18,13 @@ from penstock.blocks import BlockId, Region
 from penstock.cluster import Member
 from penstock.engine.api import Engine
 from penstock.errors import BadRequest, LeaseLost, Overloaded, PenstockError, StaleEpoch, WorkerDraining
+from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Token
 from penstock.serve.handoff import (
     Alive,
     Begin,
     Done,
+    First,
     Granted,
     More,
     PrefillAsk,
@@ -29,14 +33,16 @@ from penstock.serve.handoff import (
     decode_prefill_ask,
     decode_settle_ask,
 )
+from penstock.serve.resident import Resident
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
-from penstock.transport.api import Attached, Offer, Transport
+from penstock.tokens import count, unpack
+from penstock.transport.api import Attached, Offer, Pipe, Transport
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillOptions:
-    """`active` prompts of a decode worker hold leases at a time: the one that is computed, and the next.
+    """In place, `active` prompts of a decode worker hold leases at a time: the one that is computed, and the next.
 
     Per decode worker, so that one that is stuck and grants nothing holds up its own prompts only.
     """
@@ -54,22 +60,83 @@ class Job:
     call: Call
     run: Run | None = None
     first: Token | None = None
+    started_s: float = 0.0
     ended_s: float = 0.0  # of the last chunk so far
     error: PenstockError | None = None
     asked_tokens: int = 0
+    granted: Granted | None = None
     progress: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return count(self.ask.tokens)
+
+    def on_step(self, sampled: Sequence[Token]) -> None:
+        if sampled:
+            self.first = sampled[0]
+        self.ended_s = clock.now()
+        self.progress.set()
+
+    def on_error(self, error: PenstockError) -> None:
+        self.error = error
+        self.progress.set()
+
+    async def wait_progress(self) -> None:
+        """Returns after a chunk, or after blocks were granted. Raises what went wrong meanwhile."""
+        await self.progress.wait()
+        self.progress.clear()
+        if self.error is not None:
+            raise self.error
+
+    def ask_ahead(self, run: Run, chunk_tokens: int) -> None:
+        """Asks for the blocks of the chunk after the next one, so that the answer is here before it is needed."""
+        wanted = min(self.prompt_tokens, run.computed + 2 * chunk_tokens)
+        held = len(self.granted.blocks) * run.region.layout.block_tokens if self.granted else 0
+        if wanted > max(held, self.asked_tokens):
+            self.asked_tokens = wanted
+            self.call.send(More(wanted))
+
+    async def wait_granted(self) -> bool:
+        """The first grant after Begin; False if there is none, since the asker has no room or has left."""
+        granted = await self.call.receive(decode_from_decode)
+        self.granted = granted if isinstance(granted, Granted) else None
+        return self.granted is not None
+
+    async def take_grants(self) -> None:
+        """Every later grant; an end of the call is seen by whoever serves it."""
+        try:
+            while (grant := await self.call.receive(decode_from_decode)) is not None:
+                if not isinstance(grant, Granted):
+                    raise LeaseLost(f"{self.ask.offer.owner} took its blocks back")
+                self.granted = grant
+                self.progress.set()
+        except PenstockError as error:
+            self.on_error(error)
+
+    def done(self, computed_tokens: int, moved_bytes: int) -> Done:
+        now = clock.now()
+        return Done(computed_tokens, now - self.started_s, now - self.ended_s, moved_bytes)
 
 
 class Prefiller:
     """Serves `prefill` and `settle`. Owns the mapped regions of peers."""
 
     def __init__(
-        self, member: Member, engine: Engine, transport: Transport, stepper: Stepper, options: PrefillOptions
+        self,
+        member: Member,
+        engine: Engine,
+        region: Region,
+        cache: PrefixCache,
+        transport: Transport,
+        stepper: Stepper,
+        options: PrefillOptions,
     ) -> None:
         self.is_draining = False
         self._member = member
         self._engine = engine
+        self._region = region
+        self._cache = cache
         self._transport = transport
         self._stepper = stepper
         self._options = options
@@ -85,8 +152,8 @@ class Prefiller:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens of jobs whose turn has not come."""
-        return sum(len(job.ask.tokens) for job in self._jobs if job.run is None)
+        """Prompt tokens of jobs that the stepper does not know yet."""
+        return sum(job.prompt_tokens for job in self._jobs if job.run is None)
 
     @property
     def queued(self) -> int:
@@ -106,8 +173,11 @@ class Prefiller:
         self._jobs[job] = None
         beat = asyncio.ensure_future(self._say_alive(job))
         try:
-            async with self._regions.mapped(ask.offer) as region:
-                await self._compute(job, region)
+            if self._transport.is_in_place:
+                async with self._regions.mapped(ask.offer) as region:
+                    await self._compute_there(job, region)
+            else:
+                await self._compute_here(job)
         finally:
             beat.cancel()
             del self._jobs[job]
@@ -142,6 +212,11 @@ class Prefiller:
                 f"{ask.offer.owner} keeps KV as {ask.offer.layout}, {self._member.worker} as {self._member.layout}; "
                 "start both with the same model, dtype and block size"
             )
+        if not self._transport.is_in_place and count(ask.tokens) > self._member.max_context_tokens:
+            limit = self._member.max_context_tokens
+            raise BadRequest(
+                f"{count(ask.tokens)} tokens are more than the {limit} that {self._member.worker} has room for"
+            )
 
     def _check_writer(self, meant: str) -> None:
         """The asker knows by this name who maps its memory, and who must die before it reuses a block."""
@@ -153,75 +228,144 @@ class Prefiller:
             await asyncio.sleep(job.ask.alive_s)
             job.call.send(Alive(self._stepper.steps))
 
-    async def _compute(self, job: Job, region: Region) -> None:
+    # In place
+
+    async def _compute_there(self, job: Job, region: Region) -> None:
+        """Computes in the asker's own blocks."""
         job.call.send(Begin(self._options.chunk_tokens))
-        granted = await job.call.receive(decode_from_decode)
-        if not isinstance(granted, Granted):
+        if not await job.wait_granted():
             return
-        started_s = clock.now()
-        job.run = run = self._admit(job, region, granted)
-        listening = asyncio.ensure_future(self._take_grants(job, run))
+        job.started_s = clock.now()
+        job.run = run = self._host(job, region)
+        start = run.computed
+        listening = asyncio.ensure_future(job.take_grants())
         try:
-            self._ask_ahead(job, run)
             while job.first is None:
-                await job.progress.wait()
-                job.progress.clear()
-                if job.error is not None:
-                    raise job.error
+                job.ask_ahead(run, self._options.chunk_tokens)
+                await job.wait_progress()
+                self._use_grants(job, run)
                 job.call.send(Wrote(run.computed))
-                self._ask_ahead(job, run)
+            job.call.send(First(job.first))
         finally:
             listening.cancel()
             await self._stop(run)
-        computed = len(job.ask.tokens) - granted.start
-        job.call.send(Done(job.first, computed, started_s, job.ended_s))
+        job.call.send(job.done(len(run.tokens) - start, moved_bytes=0))
 
-    def _admit(self, job: Job, region: Region, granted: Granted) -> Run:
-        def on_step(token: Token | None) -> None:
-            job.first, job.ended_s = token, clock.now()
-            job.progress.set()
-
-        def on_error(error: PenstockError) -> None:
-            job.error = error
-            job.progress.set()
-
-        run = Run(region, list(job.ask.tokens), job.ask.sampling, on_step, on_error)
-        run.computed = granted.start
-        run.blocks = [BlockId(block) for block in granted.blocks]
+    def _host(self, job: Job, region: Region) -> Run:
+        run = Run(region, unpack(job.ask.tokens), job.ask.sampling, job.on_step, job.on_error)
+        self._use_grants(job, run)
+        if job.granted is not None:
+            run.computed = job.granted.start
         self._stepper.host(run)
         return run
+
+    def _use_grants(self, job: Job, run: Run) -> None:
+        if job.granted is not None and len(job.granted.blocks) > len(run.blocks):
+            run.blocks = [BlockId(block) for block in job.granted.blocks]
+            self._stepper.wake()
 
     async def _stop(self, run: Run) -> None:
         """Returns when no step touches the run's blocks, even if cancelled meanwhile."""
         stopped = asyncio.get_running_loop().create_future()
         self._stepper.leave(run, lambda: stopped.set_result(None))
-        cancelled: asyncio.CancelledError | None = None
-        while not stopped.done():
-            try:
-                await asyncio.shield(stopped)
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
+        await _outlast(stopped)
 
-    def _ask_ahead(self, job: Job, run: Run) -> None:
-        """Asks for the blocks of the chunk after the next one, so that the answer is here before it is needed."""
-        wanted = min(len(run.tokens), run.computed + 2 * self._options.chunk_tokens)
-        held = len(run.blocks) * run.region.layout.block_tokens
-        if wanted > max(held, job.asked_tokens):
-            job.asked_tokens = wanted
-            job.call.send(More(wanted))
+    # Streamed
 
-    async def _take_grants(self, job: Job, run: Run) -> None:
+    async def _compute_here(self, job: Job) -> None:
+        """Computes in own blocks, and has them written through into the asker's."""
+        admitted = asyncio.Event()
+
+        def on_admit() -> None:
+            resident.begin()
+            admitted.set()
+
+        job.run = run = Run(self._region, unpack(job.ask.tokens), job.ask.sampling, job.on_step, job.on_error, on_admit)
+        resident = Resident(run, self._cache, self._member.layout, job.ask.salt)
+        through = _WriteThrough(job, resident, self._cache)
+        stopped = asyncio.get_running_loop().create_future()
+        self._stepper.wait_for_turn(run)
         try:
-            while (grant := await job.call.receive(decode_from_decode)) is not None:
-                if not isinstance(grant, Granted):
-                    raise LeaseLost(f"{job.ask.offer.owner} took its blocks back")
-                run.blocks = [BlockId(block) for block in grant.blocks]
-                self._stepper.wake()
-        except PenstockError as error:
-            job.error = error
-            job.progress.set()
+            await admitted.wait()
+            job.started_s, cached = clock.now(), run.computed
+            job.call.send(Begin(self._options.chunk_tokens))
+            if not await job.wait_granted():
+                return
+            async with self._transport.connect(job.ask.offer, self._region, self._incarnation) as pipe:
+                await self._stream(job, through, pipe)
+        finally:
+            through.release()
+            resident.leave(self._stepper, lambda: stopped.set_result(None))
+            await _outlast(stopped)
+        job.call.send(job.done(len(run.tokens) - cached, through.blocks * self._member.layout.block_bytes))
+
+    async def _stream(self, job: Job, through: _WriteThrough, pipe: Pipe) -> None:
+        """Returns when all KV is in place there."""
+        run, is_told = through.resident.run, False
+        listening = asyncio.ensure_future(job.take_grants())
+        try:
+            while not through.push(pipe):
+                job.ask_ahead(run, self._options.chunk_tokens)
+                await job.wait_progress()
+                job.call.send(Wrote(run.computed))
+                if job.first is not None and not is_told:
+                    is_told = True
+                    self._stepper.leave(run, lambda: None)  # it keeps its blocks, and nobody may preempt it now
+                    job.call.send(First(job.first))
+            await pipe.flush()
+        finally:
+            listening.cancel()
+
+
+class _WriteThrough:
+    """What of a prompt's KV was handed to a pipe. It holds these blocks, whatever becomes of the run."""
+
+    def __init__(self, job: Job, resident: Resident, cache: PrefixCache) -> None:
+        self.resident = resident
+        self.blocks = 0
+        self._job = job
+        self._cache = cache
+        self._held: list[BlockId] = []
+        self._next: int | None = None  # block of the table, counted from the first
+
+    def push(self, pipe: Pipe) -> bool:
+        """Hands over what is computed, granted and not yet handed over; True if that was the rest.
+
+        All of the prompt's blocks, once its first token is there; before that those that are full.
+        """
+        job, run, granted = self._job, self.resident.run, self._job.granted
+        self.resident.publish()
+        if granted is None:
+            return False
+        size = run.region.layout.block_tokens
+        first = granted.start // size if self._next is None else self._next
+        ready = len(run.blocks) if job.first is not None else run.computed // size
+        end = max(first, min(ready, len(granted.blocks)))
+        fresh = run.blocks[first:end]
+        if fresh:
+            self._cache.hold(fresh)
+            self._held += fresh
+            self.blocks += len(fresh)
+            pipe.write(list(zip(fresh, granted.blocks[first:end], strict=True)))
+        self._next = end
+        return job.first is not None and end == len(run.blocks)
+
+    def release(self) -> None:
+        """Once the pipe is left."""
+        self._cache.release(self._held)
+        self._held = []
+
+
+async def _outlast(stopped: asyncio.Future[None]) -> None:
+    """Waits for `stopped` even if cancelled meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
+    while not stopped.done():
+        try:
+            await asyncio.shield(stopped)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 class Mappings:

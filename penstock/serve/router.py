@@ -120,7 +120,7 @@ class Router:
         """Chooses and books."""
         choice = self._policy(_ask(request), self._usable(request.model, avoid), self._rng)
         prefill = [self._fleet[name].member.hop for name in choice.prefill if name not in avoid]
-        self._ledger.book(request.id, choice.decode, (*choice.prefill, choice.decode)[0], len(request.prompt))
+        self._ledger.book(request.id, choice.decode, (*choice.prefill, choice.decode)[0], request.prompt_tokens)
         return self._fleet[choice.decode], Plan(choice.decode, tuple(prefill), choice.wait_s, choice.why)
 
     def prefilled(self, request_id: str) -> None:
@@ -271,4 +271,4 @@ class Stream:
 
 
 def _ask(request: Request) -> Ask:
-    return Ask(len(request.prompt), request.sampling.max_tokens)
+    return Ask(request.prompt_tokens, request.sampling.max_tokens)

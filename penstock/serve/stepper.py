@@ -3,38 +3,51 @@
 Two kinds of sequences share it. Own ones live in this worker's region, take blocks as they grow and may be preempted.
 Guests are prefills for other workers, in their regions mapped here, with blocks granted by their owners. One step
 touches one region; own and guest steps take turns.
+
+While every sequence only decodes, one step is like the next. An engine that can is then asked for as many of them as
+will certainly be alike; whatever happens meanwhile ends them with the step in progress.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from penstock import clock
 from penstock.blocks import BlockId, Region
-from penstock.engine.api import Engine, Slice, Step
+from penstock.engine.api import Engine, MultiStepEngine, Slice, Step
 from penstock.errors import OutOfBlocks, PenstockError
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.batching import Batch, Limits, Want, plan_step
+from penstock.policy.latency.steps import StepFit, Work, chunk, decode
 from penstock.request import Sampling, Token
+from penstock.tokens import Tokens
+
+T = TypeVar("T")
+
+_PACE_STEPS = 16  # steps between two looks at what the fit has learned
+_UNSURE = 0.5  # a rate that may be off by more than this part of it is not reported
 
 
 @dataclass(slots=True, eq=False)
 class Run:
     """One sequence being computed here. Changed by the stepper; by its owner only while it is not in a step.
 
-    `on_step` is called after each step it was in, with the token sampled, if one was. `on_admit` is called when an
+    `on_step` is called after the steps it was in, with the tokens sampled, if any were. `on_admit` is called when an
     own sequence starts or restarts, and may bring blocks with tokens that are computed already.
     """
 
     region: Region
-    tokens: list[int]
+    tokens: Tokens
     sampling: Sampling
-    on_step: Callable[[Token | None], None]
+    on_step: Callable[[Sequence[Token]], None]
     on_error: Callable[[PenstockError], None]
     on_admit: Callable[[], None] | None = None  # None: a guest
+    most_tokens: int = 0  # an own sequence ends with this many tokens at the latest
+    may_stop: bool = True  # some token may end it earlier
     computed: int = 0
     blocks: list[BlockId] = field(default_factory=list)
     preemptions: int = 0
@@ -44,45 +57,54 @@ class Run:
         return len(self.tokens) - self.computed
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast this worker has been lately: moving averages over its own steps, 0 until measured."""
+    """How fast this worker is as far as it knows: alone with a prompt, and with what decodes here now. 0: unknown."""
 
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
-
-    def saw_prefill(self, tokens: int, seconds: float) -> None:
-        if seconds > 0:
-            self.prefill_tokens_per_s = _blend(self.prefill_tokens_per_s, tokens / seconds)
-
-    def saw_decode(self, seconds: float) -> None:
-        self.decode_step_s = _blend(self.decode_step_s, seconds)
-
-
-def _blend(average: float, sample: float) -> float:
-    return sample if average == 0 else 0.8 * average + 0.2 * sample
 
 
 class Stepper:
     """Owns what runs on one engine. `run` is its life; everything else is called from the same loop."""
 
-    def __init__(self, engine: Engine, region: Region, cache: PrefixCache, leases: LeaseTable, limits: Limits) -> None:
-        self.pace = Pace()
+    def __init__(
+        self,
+        engine: Engine,
+        region: Region,
+        cache: PrefixCache,
+        leases: LeaseTable,
+        limits: Limits,
+        fit: StepFit,
+    ) -> None:
         self.steps = 0
+        self.busy_s = 0.0
+        self.span_s = 0.0  # from the end of the first of the last steps to that of the last
         self.preemptions = 0
         self.on_starved: Callable[[Lease], None] = lambda lease: None  # the decoder calls the youngest lease off
         self._engine = engine
+        self._multi_step = engine if isinstance(engine, MultiStepEngine) else None
         self._region = region
         self._cache = cache
         self._leases = leases
         self._limits = limits
+        self._fit = fit
+        self._pace, self._pace_at_step = Pace(), -_PACE_STEPS
         self._running: list[Run] = []  # by arrival
         self._waiting: list[Run] = []
         self._guests: list[Run] = []
         self._in_step: list[Run] = []
         self._after_step: list[Callable[[], None]] = []
         self._guests_turn = False
+        self._is_multi_step = False
         self._wake = asyncio.Event()
+
+    @property
+    def pace(self) -> Pace:
+        """As learned from this worker's own steps, a few steps ago."""
+        if self.steps >= self._pace_at_step + _PACE_STEPS:
+            self._pace, self._pace_at_step = self._estimate(), self.steps
+        return self._pace
 
     @property
     def running(self) -> int:
@@ -116,21 +138,22 @@ class Stepper:
     def wait_for_turn(self, run: Run) -> None:
         """Queues an own sequence that holds no blocks."""
         self._waiting.append(run)
-        self._wake.set()
+        self._look_again()
 
     def join(self, run: Run) -> None:
         """Takes in an own sequence whose blocks hold its prompt already."""
         self._running.append(run)
-        self._wake.set()
+        self._look_again()
 
     def host(self, run: Run) -> None:
         """Takes in a guest. Its owner wakes the stepper when more blocks are granted."""
         self._guests.append(run)
-        self._wake.set()
+        self._look_again()
 
     def wake(self) -> None:
-        """Blocks were granted or freed: look again."""
-        self._wake.set()
+        """Blocks were granted or freed: look again, if somebody waits for some."""
+        if self._waiting or self._guests or not self._in_step:
+            self._look_again()
 
     def leave(self, run: Run, then: Callable[[], None]) -> None:
         """Takes `run` out for good; `then` is called once no step touches its blocks any more. Idempotent per run."""
@@ -139,9 +162,9 @@ class Stepper:
                 queue.remove(run)
         if run in self._in_step:
             self._after_step.append(then)
+            self._look_again()
         else:
             then()
-        self._wake.set()
 
     async def run(self) -> None:
         """Steps until cancelled; then waits for the step that is being computed."""
@@ -151,6 +174,12 @@ class Stepper:
             if chosen := self._next_step():
                 await self._compute(chosen)
                 self._wake.set()
+
+    def _look_again(self) -> None:
+        """Something changed: steps that were to be alike end with the one in progress."""
+        self._wake.set()
+        if self._multi_step is not None and self._is_multi_step:
+            self._multi_step.interrupt()
 
     def _next_step(self) -> list[tuple[Run, int]]:
         plans = [self._plan_own, self._plan_guests]
@@ -168,7 +197,7 @@ class Stepper:
         lease = self._leases.youngest_open()
         batch = plan_step(
             [_want(run) for run in self._running],
-            [_want(run) for run in self._waiting],
+            map(_want, self._waiting),
             self._cache.available,
             self._leases.promised_blocks,
             self._region.layout.block_tokens,
@@ -219,11 +248,30 @@ class Stepper:
         batch = plan_step([_want(run) for run in together], [], 0, 0, ready[0].region.layout.block_tokens, self._limits)
         return [(together[index], tokens) for index, tokens in batch.advance]
 
+    def _count_alike(self, chosen: list[tuple[Run, int]]) -> int:
+        """How many steps from this one on will be like it, and have blocks. Takes these blocks."""
+        if self._multi_step is None or self._guests or len(chosen) < len(self._running):
+            return 1
+        steps = min(1 if run.may_stop or run.pending > 1 else run.most_tokens - len(run.tokens) for run, _ in chosen)
+        room = self._cache.available - self._leases.promised_blocks
+        blocks_for = self._region.layout.blocks_for
+        while steps > 1:
+            lacking = [max(0, blocks_for(run.computed + steps) - len(run.blocks)) for run, _ in chosen]
+            if sum(lacking) <= room:
+                for (run, _), need in zip(chosen, lacking, strict=True):
+                    if need:
+                        run.blocks += self._cache.take(need)
+                return steps
+            steps //= 2
+        return 1
+
     async def _compute(self, chosen: list[tuple[Run, int]]) -> None:
+        steps = self._count_alike(chosen)
         self._in_step = [run for run, _ in chosen]
+        step = Step(chosen[0][0].region, [_slice(*each) for each in chosen])
         started_s = clock.now()
         try:
-            results = await _finish(self._engine.step(Step(chosen[0][0].region, [_slice(*each) for each in chosen])))
+            results = await self._ask_engine(step, steps)
         except PenstockError as error:
             self._land()
             for run, _ in chosen:
@@ -232,13 +280,23 @@ class Stepper:
         except BaseException:  # cancelled, or a bug of the engine: who waits for the end of this step may go on
             self._land()
             raise
-        self.steps += 1
-        self._measure(chosen, clock.now() - started_s)
+        made = len(results[0]) if steps > 1 else 1
+        self._measure(chosen, made, clock.now() - started_s)
         left = self._land()
-        for (run, tokens), token in zip(chosen, results, strict=True):
+        for (run, tokens), sampled in zip(chosen, results, strict=True):
             if run not in left:
-                run.computed += tokens
-                run.on_step(token)
+                run.computed += tokens + made - 1
+                run.on_step(sampled)
+
+    async def _ask_engine(self, step: Step, steps: int) -> list[list[Token]]:
+        """What was sampled for each slice."""
+        if self._multi_step is not None and steps > 1:
+            self._is_multi_step = True
+            try:
+                return await _finish(self._multi_step.decode(step, steps))
+            finally:
+                self._is_multi_step = False
+        return [[token] if token is not None else [] for token in await _finish(self._engine.step(step))]
 
     def _land(self) -> list[Run]:
         """The step is over: runs that left meanwhile let go of their blocks. Returns those runs."""
@@ -250,12 +308,34 @@ class Stepper:
             then()
         return left
 
-    def _measure(self, chosen: list[tuple[Run, int]], seconds: float) -> None:
-        decodes = sum(1 for run, _ in chosen if run.pending == 1)
-        if decodes == 0:
-            self.pace.saw_prefill(sum(tokens for _, tokens in chosen), seconds)
-        elif decodes == len(chosen):
-            self.pace.saw_decode(seconds)
+    def _measure(self, chosen: list[tuple[Run, int]], steps: int, seconds: float) -> None:
+        """Learns what the mean of these steps took."""
+        self.steps += steps
+        self.busy_s += seconds
+        self.span_s = seconds * (steps - 1) / steps
+        later = (steps - 1) / 2
+        work = _work([(tokens, run.computed + later) for run, tokens in chosen])
+        self._fit.observe(work, seconds / steps)
+
+    def _estimate(self) -> Pace:
+        model = self._fit.model
+        tokens, batch = self._limits.step_tokens, max(1, len(self._running))
+        depth = sum(run.computed for run in self._running)
+        prefill, step = model.estimate(chunk(tokens)), model.estimate(decode(batch, depth))
+        return Pace(
+            tokens / prefill.seconds if prefill.error_s < _UNSURE * prefill.seconds else 0.0,
+            step.seconds if step.error_s < _UNSURE * step.seconds else 0.0,
+        )
+
+
+def _work(parts: Sequence[tuple[int, float]]) -> Work:
+    """Of a step in which sequences compute (tokens, after how many)."""
+    contexts = [context for tokens, context in parts if tokens == 1]
+    work = decode(len(contexts), sum(contexts))
+    for tokens, context in parts:
+        if tokens > 1:
+            work += chunk(tokens, context)
+    return work
 
 
 def _granted(run: Run) -> int:
@@ -272,7 +352,7 @@ def _slice(run: Run, tokens: int) -> Slice:
     return Slice(run.tokens[run.computed : end], run.computed, run.blocks, run.sampling if is_last else None)
 
 
-async def _finish(step: Coroutine[None, None, list[Token | None]]) -> list[Token | None]:
+async def _finish(step: Coroutine[None, None, T]) -> T:
     """Awaits a step even if cancelled meanwhile: memory is being written until it returns."""
     task = asyncio.ensure_future(step)
     try:

@@ -16,8 +16,9 @@ from penstock.engine.api import Engine
 from penstock.kv.lease import LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.batching import Limits
+from penstock.policy.latency.steps import UNKNOWN, StepFit, StepModel
 from penstock.serve.decode import DecodeOptions, Decoder
-from penstock.serve.handoff import Lender
+from penstock.serve.lend import Lender, LendOptions
 from penstock.serve.prefill import Prefiller, PrefillOptions
 from penstock.serve.pulse import Pulse
 from penstock.serve.rpc import Call, Endpoint, Handler, RpcOptions
@@ -35,7 +36,8 @@ class WorkerOptions:
     """Everything a worker is told.
 
     `kv_bytes` is the size of its region; 0 takes room for `kv_streams` full contexts, or what there is: on the
-    engine's own device all that is left, of host memory at most `kv_room_bytes`.
+    engine's own device all that is left, of host memory at most `kv_room_bytes`. `step_prior` is how
+    long steps should take, until it has seen its own.
     """
 
     name: str
@@ -51,10 +53,11 @@ class WorkerOptions:
     limits: Limits = field(default_factory=Limits)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     prefill: PrefillOptions = field(default_factory=PrefillOptions)
+    lend: LendOptions = field(default_factory=LendOptions)
     rpc: RpcOptions = field(default_factory=RpcOptions)
-    settle_retry_s: float = 0.5
-    kill_after_s: float = 30.0
+    step_prior: StepModel = UNKNOWN
     pulse_s: float = 0.05
+    sweep_s: float = 1.0
 
 
 class Worker:
@@ -118,6 +121,7 @@ class Worker:
             handoffs=counters.handoffs,
             handoff_failures=counters.handoff_failures,
             in_place_bytes=counters.in_place_bytes,
+            copied_bytes=counters.copied_bytes,
             loop_delay_p99_s=self._pulse.delay_p99_s,
         )
 
@@ -200,16 +204,19 @@ class Worker:
     def _assemble(self, exported: Exported, endpoint: Endpoint) -> None:
         options, engine = self._options, self._engine
         self._cache = PrefixCache(exported.region.blocks)
-        self._leases = LeaseTable(self._cache, options.decode.lease_s)
-        self._stepper = Stepper(engine, exported.region, self._cache, self._leases, options.limits)
-        lender = Lender(
-            self._leases, exported, endpoint, options.settle_retry_s, options.kill_after_s, self._stepper.wake
+        self._leases = LeaseTable(self._cache, options.lend.lease_s)
+        self._stepper = Stepper(
+            engine, exported.region, self._cache, self._leases, options.limits, StepFit(options.step_prior)
         )
+        lender = Lender(self._cache, self._leases, self._stepper, exported, endpoint, options.lend)
         self._decoder = Decoder(
-            *(self._member, engine.info.eos_token_ids, exported, self._cache, self._leases),
+            *(self._member, engine.info.eos_token_ids, exported, self._cache),
             *(self._stepper, lender, endpoint, options.decode),
         )
-        self._prefiller = Prefiller(self._member, engine, self._transport, self._stepper, options.prefill)
+        self._prefiller = Prefiller(
+            *(self._member, engine, exported.region, self._cache),
+            *(self._transport, self._stepper, options.prefill),
+        )
         self._pulse = Pulse(options.pulse_s)
         self._methods |= {
             "generate": self._decoder.generate,
@@ -223,7 +230,7 @@ class Worker:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(self._options.sweep_s)
             await self._prefiller.release_regions()
 
 

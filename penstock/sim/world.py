@@ -26,6 +26,7 @@ from penstock.serve.router import Router
 from penstock.serve.rpc import Endpoint
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.faults import FAIR, MortalEngine, Weather
+from penstock.tokens import pack
 from penstock.transport.memory import MemoryHub, MemoryTransport
 from penstock.wire.memory import MemoryNetwork
 
@@ -146,7 +147,7 @@ class World:
         content = list(prompt) or [self.rng.randrange(100, 30_000) for _ in range(tokens)]
         sampling = Sampling(max_tokens=max_tokens, temperature=1.0 if seed else 0.0, seed=seed)
         self._requests += 1
-        request = Request(f"r{self._requests}", self.shape.engine.model, content, sampling, timeout_s)
+        request = Request(f"r{self._requests}", self.shape.engine.model, pack(content), sampling, timeout_s)
         answer = Answer([], expected_tokens(content, sampling, self.shape.engine))
         arrived_s = clock.now()
         try:

@@ -1,18 +1,19 @@
 """The port of KV transports.
 
-A worker offers its own region; peers attach to it and then compute in it, in place. Who has attached can write until
-it detaches, is known to be dead, or is killed: that is what `lease` quarantines wait for. Transports that copy
-(write-through, streamed) join this port with the transfer library.
+A worker offers its own region. Peers that reach its memory attach to it and compute in it, in place; others connect and
+have blocks of their own written through to it. Who has attached or is connected can write until it leaves, is known to
+be dead, or is killed: that is what `lease` quarantines wait for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
 
-from penstock.blocks import KvLayout, Region
+from penstock.blocks import BlockId, KvLayout, Region
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -55,10 +56,23 @@ class Attached(Protocol):
     def is_owner_gone(self) -> bool: ...
 
 
+class Pipe(Protocol):
+    """Writes blocks of this worker's region into a peer's, in the order asked for, while more of them are computed."""
+
+    def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Has each pair's first block, which must not change until `flush`, written into its second one there."""
+        ...
+
+    async def flush(self) -> None:
+        """Returns when all of it is in place. Raises ConnectionLost if it never will be."""
+        ...
+
+
 class Transport(Protocol):
     """One way of reaching memory."""
 
     name: str
+    is_in_place: bool  # whether peers `attach`; else they `connect`
 
     @property
     def memory(self) -> str:
@@ -71,4 +85,11 @@ class Transport(Protocol):
 
     def attach(self, offer: Offer, writer: str) -> AbstractAsyncContextManager[Attached]:
         """Maps a peer's region, faulted in, while inside the block. Raises Refused, StaleEpoch or ConnectionLost."""
+        ...
+
+    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
+        """A pipe from `source`, this worker's own region; once left, nothing is written any more.
+
+        Raises Refused, StaleEpoch or ConnectionLost.
+        """
         ...

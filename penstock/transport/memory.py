@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from penstock.blocks import KvLayout, Region
 from penstock.errors import KvError, Refused
-from penstock.transport.api import Attached, Exported, Offer
+from penstock.transport.api import Attached, Exported, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "memory"
@@ -61,6 +61,7 @@ class MemoryTransport:
     """See `transport.api.Transport`."""
 
     name = NAME
+    is_in_place = True
 
     def __init__(self, hub: MemoryHub) -> None:
         self.memory = f"{NAME}:{hub.host}"
@@ -76,6 +77,10 @@ class MemoryTransport:
             yield export
         finally:
             self._hub.withdraw(export)
+
+    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
+        """Always raises Refused: who reaches this memory computes in it."""
+        raise Refused(f"{NAME} memory is not written from afar: {writer} must attach to the region of {offer.owner}")
 
     @asynccontextmanager
     async def attach(self, offer: Offer, writer: str) -> AsyncIterator[Attached]:

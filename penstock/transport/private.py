@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from penstock.blocks import KvLayout, Region
 from penstock.errors import Refused
-from penstock.transport.api import Attached, Exported, Offer
+from penstock.transport.api import Attached, Exported, Offer, Pipe
 
 NAME = "private"
 
@@ -19,12 +19,17 @@ class PrivateTransport:
     """See `transport.api.Transport`. The region has no buffer: the engine allocates its own memory for it."""
 
     name = NAME
+    is_in_place = True
     memory = ""
 
     @asynccontextmanager
     async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
         """See `transport.api.Transport`."""
         yield _Export(Region(owner, epoch, layout, blocks, None))
+
+    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
+        """Always raises Refused: who reaches this memory computes in it."""
+        raise Refused(f"{NAME} memory is not written from afar: {writer} must attach to the region of {offer.owner}")
 
     def attach(self, offer: Offer, writer: str) -> AbstractAsyncContextManager[Attached]:
         """Always raises Refused."""

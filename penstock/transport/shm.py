@@ -25,7 +25,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from penstock.errors import (
     from_wire,
     to_wire,
 )
-from penstock.transport.api import Attached, Exported, Offer
+from penstock.transport.api import Attached, Exported, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "shm"
@@ -74,6 +74,7 @@ class ShmTransport:
     """See `transport.api.Transport`. `token` is asked of peers, and shown to owners."""
 
     name = NAME
+    is_in_place = True
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -104,6 +105,10 @@ class ShmTransport:
                         yield export
             finally:
                 _unmap(memory, owner)
+
+    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
+        """Always raises Refused: who reaches this memory computes in it."""
+        raise Refused(f"{NAME} memory is not written from afar: {writer} must attach to the region of {offer.owner}")
 
     @asynccontextmanager
     async def attach(self, offer: Offer, writer: str) -> AsyncIterator[Attached]:

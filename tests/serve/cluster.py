@@ -16,6 +16,7 @@ from penstock.request import Finish, Request, Sampling, Token
 from penstock.serve.router import Policy, Router
 from penstock.serve.rpc import Endpoint
 from penstock.serve.worker import Worker, WorkerOptions
+from penstock.tokens import pack
 from penstock.transport.api import Exported
 from penstock.transport.memory import MemoryHub, MemoryTransport
 from penstock.wire.memory import MemoryNetwork
@@ -74,7 +75,7 @@ class Cluster:
         """The whole output. Raises what the request failed with."""
         self._asked += 1
         tokens: list[Token] = []
-        async with self.router.generate(Request(f"r{self._asked}", MODEL, prompt, sampling)) as stream:
+        async with self.router.generate(Request(f"r{self._asked}", MODEL, pack(prompt), sampling)) as stream:
             while True:
                 fresh, finish = await stream.read()
                 tokens += fresh

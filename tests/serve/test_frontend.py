@@ -26,6 +26,7 @@ from penstock.request import Request, Token
 from penstock.serve.frontend import Frontend
 from penstock.serve.text import Tokenizer
 from penstock.sim.loop import run_virtual
+from penstock.tokens import unpack
 from tests.serve.fake_backend import (
     CARD,
     Client,
@@ -73,10 +74,11 @@ def test_a_chat() -> None:
         assert answer["choices"][0]["message"]["content"] == "water and power"
         assert answer["choices"][0]["finish_reason"] == "length"
         asked = backend.requests[0]
-        assert byte_level().decode(asked.prompt, skip_special_tokens=False) == "<|user|>water</s><|assistant|>"
+        prompt = list(unpack(asked.prompt))
+        assert byte_level().decode(prompt, skip_special_tokens=False) == "<|user|>water</s><|assistant|>"
         assert asked.sampling.max_tokens == 50
         usage = answer["usage"]
-        assert usage["prompt_tokens"] == len(asked.prompt)
+        assert usage["prompt_tokens"] == asked.prompt_tokens
         assert usage["completion_tokens"] == len(tokens_of("water and power"))
         assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
 
@@ -108,7 +110,7 @@ def test_completions_whole_and_streamed() -> None:
         assert "".join(event["choices"][0]["text"] for event in events) == "water and power"
         assert done == "[DONE]"
         assert [request.sampling.max_tokens for request in backend.requests] == [16, 16]
-        assert backend.requests[0].prompt == byte_level().encode("water").ids
+        assert list(unpack(backend.requests[0].prompt)) == byte_level().encode("water").ids
 
     play(story)
 
@@ -660,7 +662,7 @@ def test_metrics() -> None:
         worker = ("decode-0", "decode", "demo")
         expected = {
             ("generation_tokens_total", "demo"): tokens,
-            ("prompt_tokens_total", "demo"): len(backend.requests[0].prompt),
+            ("prompt_tokens_total", "demo"): backend.requests[0].prompt_tokens,
             ("time_to_first_token_seconds_count", "demo"): 1,
             ("inter_token_latency_seconds_count", "demo"): tokens - 1,
             ("inter_token_latency_seconds_bucket", "demo", "+Inf"): tokens - 1,

@@ -15,7 +15,7 @@ from penstock.engine.simulated import Options as EngineOptions
 from penstock.errors import PenstockError
 from penstock.policy.batching import Limits
 from penstock.request import Token
-from penstock.serve.decode import DecodeOptions
+from penstock.serve.lend import LendOptions
 from penstock.serve.worker import WorkerOptions
 from penstock.sim.faults import Weather
 from penstock.sim.loop import run_virtual
@@ -114,7 +114,7 @@ def test_a_prefill_worker_that_stays_frozen_is_killed_and_its_blocks_come_back()
 
 def test_a_chunk_that_takes_longer_than_a_lease_may_be_silent_is_no_silence() -> None:
     async def story() -> None:
-        worker = WorkerOptions("", 0, decode=DecodeOptions(lease_s=0.6))
+        worker = WorkerOptions("", 0, lend=LendOptions(lease_s=0.6))
         async with World(seed=1, shape=Shape(engine=EngineOptions(prefill_token_s=4e-3), worker=worker)) as world:
             answer = await world.ask(tokens=1_000)  # two chunks of two seconds
             assert answer.is_whole and answer.finish is not None
@@ -446,7 +446,7 @@ async def stormy(seed: int, weather: Weather) -> list[Answer]:
     """
     rng = Random(seed)
     engine = EngineOptions(prefill_token_s=rng.choice([3e-4, 1e-3]), step_s=0.01, pieces=4)
-    worker = WorkerOptions("", 0, decode=DecodeOptions(lease_s=2.0), kill_after_s=8.0)
+    worker = WorkerOptions("", 0, lend=LendOptions(lease_s=2.0, kill_after_s=8.0))
     shape = Shape(prefill=2, decode=2, engine=engine, kv_blocks=rng.choice([100, 200]), worker=worker)
     prompts = some_prompts(rng, 12)
     async with World(seed, shape, weather) as world:

@@ -11,12 +11,12 @@ from penstock.blocks import BlockId, Region
 from penstock.engine.simulated import expected_tokens
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.request import Hop, Token
-from penstock.serve.decode import Borrowing, Decoder
-from penstock.serve.handoff import Granted, Lender
+from penstock.serve.lend import Borrowing, Lender, Reclaimer
 from penstock.serve.prefill import Job, Prefiller
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run
 from penstock.sim.loop import run_virtual
+from penstock.tokens import unpack
 from tests.kv import test_lease as lease_rules
 from tests.sim import test_faults as stories
 
@@ -38,10 +38,10 @@ def no_quarantine(patch: pytest.MonkeyPatch) -> None:
 def settle_is_not_asked(patch: pytest.MonkeyPatch) -> None:
     """The decode worker takes it for granted that nobody writes any more."""
 
-    async def ask(self: Lender, lease: Lease, hop: Hop, request: str) -> None:
+    async def ask(self: Reclaimer, lease: Lease, hop: Hop, request: str) -> None:
         return
 
-    patch.setattr(Lender, "_ask_until_settled", ask)
+    patch.setattr(Reclaimer, "_ask_until_settled", ask)
 
 
 def settle_is_answered_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -65,29 +65,29 @@ def settle_does_not_wait_for_the_step(patch: pytest.MonkeyPatch) -> None:
 def abort_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A failed attempt gives back what it pinned, and not its lease."""
 
-    def give_back(self: Decoder, borrowing: Borrowing) -> None:
+    def give_back(self: Lender, borrowing: Borrowing) -> None:
         self._cache.release(borrowing.pinned)
 
-    patch.setattr(Decoder, "give_back", give_back)
+    patch.setattr(Lender, "give_back", give_back)
 
 
 def pins_are_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A failed attempt gives back its lease, and not what it pinned."""
 
-    def give_back(self: Decoder, borrowing: Borrowing) -> None:
+    def give_back(self: Lender, borrowing: Borrowing) -> None:
         if borrowing.lease is not None:
-            self._lender.abort(borrowing.lease, borrowing.hop, borrowing.request)
+            self._reclaimer.abort(borrowing.lease, borrowing.hop, borrowing.request)
 
-    patch.setattr(Decoder, "give_back", give_back)
+    patch.setattr(Lender, "give_back", give_back)
 
 
 def commit_without_the_lease(patch: pytest.MonkeyPatch) -> None:
     """The blocks are taken over, whatever became of the lease."""
 
-    def commit(self: Decoder, lease: Lease) -> list[BlockId]:
+    def commit(self: Lender, lease: Lease) -> list[BlockId]:
         return lease.blocks
 
-    patch.setattr(Decoder, "commit", commit)
+    patch.setattr(Lender, "commit", commit)
 
 
 def leases_do_not_lapse(patch: pytest.MonkeyPatch) -> None:
@@ -101,15 +101,15 @@ def leases_do_not_lapse(patch: pytest.MonkeyPatch) -> None:
 
 def decode_starts_before_done(patch: pytest.MonkeyPatch) -> None:
     """The prefill worker says that it is done, with the right token, before it has written anything."""
-    admit = Prefiller._admit
+    host = Prefiller._host
 
-    def admit_done(self: Prefiller, job: Job, region: Region, granted: Granted) -> Run:
-        run = admit(self, job, region, granted)
-        first = expected_tokens(job.ask.tokens, job.ask.sampling, stories.SLOW)[0]
+    def host_done(self: Prefiller, job: Job, region: Region) -> Run:
+        run = host(self, job, region)
+        first = expected_tokens(unpack(job.ask.tokens), job.ask.sampling, stories.SLOW)[0]
         job.first, job.ended_s = Token(first), clock.now()
         return run
 
-    patch.setattr(Prefiller, "_admit", admit_done)
+    patch.setattr(Prefiller, "_host", host_done)
 
 
 NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {

@@ -49,7 +49,7 @@ def chunk(tokens: int, context: float = 0) -> Work:
     return Work(tokens, tokens * (context + (tokens + 1) / 2), 0, context)
 
 
-def decode(sequences: int, contexts: int) -> Work:
+def decode(sequences: int, contexts: float) -> Work:
     """One token more for each of `sequences`, whose cached tokens are `contexts` in sum."""
     return Work(0, 0.0, sequences, contexts)
 

@@ -1,0 +1,258 @@
+"""Lending blocks to prefill workers: opening leases, following who writes, and getting the blocks back.
+
+A `Borrowing` is the decode side of the conversation in `handoff`. Aborted blocks are not reused before the writer has
+confirmed that it stopped, died, or was killed for being stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from penstock import clock
+from penstock.blocks import BlockId
+from penstock.errors import LeaseLost, PenstockError, WorkerStalled
+from penstock.kv.lease import Lease, LeaseTable
+from penstock.kv.prefix_cache import PrefixCache
+from penstock.request import Hop, Token
+from penstock.serve.handoff import (
+    Alive,
+    Begin,
+    Done,
+    First,
+    Granted,
+    More,
+    NoRoom,
+    SettleAsk,
+    Wrote,
+    decode_from_prefill,
+)
+from penstock.serve.resident import Resident
+from penstock.serve.rpc import Call, Endpoint
+from penstock.serve.stepper import Stepper
+from penstock.transport.api import Exported
+
+log = logging.getLogger(__name__)
+
+_decode_nothing = msgspec.msgpack.Decoder(None).decode
+
+
+@dataclass(frozen=True, slots=True)
+class LendOptions:
+    """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
+
+    A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
+    """
+
+    lease_s: float = 5.0
+    stall_s: float = 60.0
+    settle_retry_s: float = 0.5
+    kill_after_s: float = 30.0
+
+
+class Lender:
+    """Owns what is lent of this worker's blocks."""
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        leases: LeaseTable,
+        stepper: Stepper,
+        exported: Exported,
+        endpoint: Endpoint,
+        options: LendOptions,
+    ) -> None:
+        self.options = options
+        self._cache = cache
+        self._leases = leases
+        self._stepper = stepper
+        self._reclaimer = Reclaimer(leases, exported, endpoint, options, stepper.wake)
+        self._layout = exported.region.layout
+        self._lent: dict[int, Borrowing] = {}
+        stepper.on_starved = self._call_off
+
+    def lend(self, borrowing: Borrowing, chunk_tokens: int) -> Granted | NoRoom:
+        """Pins what the cache holds of the prompt and opens a lease on the rest."""
+        borrowing.pinned = borrowing.resident.match()
+        start = len(borrowing.pinned) * self._layout.block_tokens
+        needed = self._layout.blocks_for(borrowing.tokens) - len(borrowing.pinned)
+        room = self._cache.available - self._leases.promised_blocks - self._stepper.claimed_blocks
+        if needed > room or len(self._lent) >= self._stepper.free_slots:
+            return NoRoom()
+        borrowing.lease = self._leases.open(clock.now(), borrowing.hop.incarnation, needed)
+        self._lent[borrowing.lease.id] = borrowing
+        return self.grow(borrowing, borrowing.lease, min(borrowing.tokens, start + chunk_tokens))
+
+    def grow(self, borrowing: Borrowing, lease: Lease, tokens: int) -> Granted:
+        """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
+        total = self._layout.blocks_for(tokens) - len(borrowing.pinned)
+        blocks = self._leases.grow(clock.now(), lease.id, total)
+        start = len(borrowing.pinned) * self._layout.block_tokens
+        return Granted(lease.id, start, [*borrowing.pinned, *blocks])
+
+    def commit(self, lease: Lease) -> list[BlockId]:
+        """Raises LeaseLost if the lease lapsed meanwhile."""
+        del self._lent[lease.id]
+        return self._leases.commit(clock.now(), lease.id)
+
+    def give_back(self, borrowing: Borrowing) -> None:
+        """Ends an attempt that was not committed; what its writer may still write comes back when that is safe."""
+        self._cache.release(borrowing.pinned)
+        if (lease := borrowing.lease) is not None:
+            self._lent.pop(lease.id, None)
+            self._reclaimer.abort(lease, borrowing.hop, borrowing.request)
+        self._stepper.wake()
+
+    def touch(self, lease: Lease, is_writing: bool) -> None:
+        """The writer lives. Raises LeaseLost."""
+        renew: Callable[[float, int], None] = self._leases.wrote if is_writing else self._leases.touch
+        renew(clock.now(), lease.id)
+
+    def _call_off(self, lease: Lease) -> None:
+        """Decodes need the blocks more than this prefill."""
+        if (borrowing := self._lent.get(lease.id)) is not None:
+            borrowing.call.fail(LeaseLost(f"lease {lease.id} was called off: running requests need its blocks"))
+
+
+class Reclaimer:
+    """Gets aborted blocks back: asks the writer to confirm, waits for its death, and kills it if it is stuck."""
+
+    def __init__(
+        self,
+        leases: LeaseTable,
+        exported: Exported,
+        endpoint: Endpoint,
+        options: LendOptions,
+        on_blocks_freed: Callable[[], None],
+    ) -> None:
+        self._leases = leases
+        self._exported = exported
+        self._endpoint = endpoint
+        self._options = options
+        self._on_blocks_freed = on_blocks_freed
+
+    def abort(self, lease: Lease, hop: Hop, request: str) -> None:
+        """Nothing written under `lease` counts any more; its blocks come back when that is safe. Called once."""
+        self._leases.abort(lease.id)
+        if lease.blocks:
+            self._endpoint.spawn(self._reclaim(lease, hop, request))
+
+    async def _reclaim(self, lease: Lease, hop: Hop, request: str) -> None:
+        asking = asyncio.ensure_future(self._ask_until_settled(lease, hop, request))
+        gone = asyncio.ensure_future(self._exported.wait_gone(lease.writer))
+        try:
+            done, _ = await asyncio.wait(
+                (asking, gone), timeout=self._options.kill_after_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                log.warning(
+                    "%s neither confirmed nor died %.0f s after lease %d was aborted; killing it",
+                    *(lease.writer, self._options.kill_after_s, lease.id),
+                )
+                self._exported.kill(lease.writer)
+                done, _ = await asyncio.wait((asking, gone), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # what raises proves nothing
+        finally:
+            asking.cancel()
+            gone.cancel()
+        self._leases.settle(lease.id)
+        self._on_blocks_freed()
+
+    async def _ask_until_settled(self, lease: Lease, hop: Hop, request: str) -> None:
+        region = self._exported.region
+        ask = SettleAsk(lease.writer, request, region.owner, region.epoch)
+        while True:
+            try:
+                async with asyncio.timeout(self._options.kill_after_s):
+                    peer = await self._endpoint.peer(hop.addresses)
+                    async with peer.call("settle", ask) as call:
+                        await call.receive(_decode_nothing)
+                return
+            except (PenstockError, TimeoutError) as error:
+                log.info("lease %d is not settled yet by %s: %s", lease.id, lease.writer, error)
+            await asyncio.sleep(self._options.settle_retry_s)
+
+
+class Borrowing:
+    """One attempt to have a prompt prefilled at `hop`. `on_first` gets the token after it as soon as that is there."""
+
+    def __init__(
+        self,
+        lender: Lender,
+        resident: Resident,
+        request: str,
+        hop: Hop,
+        call: Call,
+        on_first: Callable[[Token], None],
+    ) -> None:
+        self.resident = resident
+        self.request = request
+        self.hop = hop
+        self.call = call
+        self.tokens = len(resident.run.tokens)  # to prefill
+        self.lease: Lease | None = None
+        self.pinned: list[BlockId] = []
+        self._lender = lender
+        self._on_first = on_first
+        self._is_committed = False
+        self._steps = -1
+        self._progress_s = clock.now()
+
+    async def follow(self) -> Done | None:
+        """Answers the prefill worker until it is done; None if it was told that there is no room."""
+        while True:
+            try:
+                async with asyncio.timeout(self._lender.options.lease_s):
+                    message = await self.call.receive(decode_from_prefill)
+            except TimeoutError:
+                raise WorkerStalled(
+                    f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"
+                ) from None
+            if message is None:
+                raise LeaseLost(f"{self.hop.worker} dropped the prefill")
+            if isinstance(message, Done):
+                return message
+            if isinstance(message, Begin) and isinstance(self._begin(message), NoRoom):
+                return None
+            self._answer(message)
+
+    def commit(self) -> list[BlockId]:
+        """The whole block table, owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
+        if self.lease is None:
+            raise LeaseLost(f"{self.hop.worker} says it is done and never borrowed a block")
+        blocks = self._lender.commit(self.lease)
+        self._is_committed = True
+        return [*self.pinned, *blocks]
+
+    def end(self) -> None:
+        if not self._is_committed:
+            self._lender.give_back(self)
+
+    def _begin(self, message: Begin) -> Granted | NoRoom:
+        if self.lease is not None:
+            raise LeaseLost(f"{self.hop.worker} began the same prefill twice")
+        answer = self._lender.lend(self, message.chunk_tokens)
+        self.call.send(answer)
+        return answer
+
+    def _answer(self, message: Alive | Begin | More | Wrote | First | Done) -> None:
+        if isinstance(message, Alive):
+            self._note_progress(message.steps)
+        elif isinstance(message, More) and self.lease is not None:
+            self.call.send(self._lender.grow(self, self.lease, message.tokens))
+        elif isinstance(message, First):
+            self._on_first(message.token)
+        if self.lease is not None:
+            self._lender.touch(self.lease, is_writing=isinstance(message, Wrote))
+
+    def _note_progress(self, steps: int) -> None:
+        now = clock.now()
+        if steps != self._steps:
+            self._steps, self._progress_s = steps, now
+        elif now - self._progress_s > self._lender.options.stall_s:
+            raise WorkerStalled(f"the engine of {self.hop.worker} made no step for {now - self._progress_s:.0f} s")

@@ -1,0 +1,67 @@
+"""A sequence whose KV is in this worker's own region: found in its cache, published there, released at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from penstock.blocks import BlockHash, BlockId, KvLayout, chain_hashes
+from penstock.kv.prefix_cache import PrefixCache
+from penstock.serve.stepper import Run, Stepper
+from penstock.tokens import pack
+
+
+class Resident:
+    """What the cache knows of one run. `hashes` name its full blocks, the first `published` of them findable."""
+
+    def __init__(self, run: Run, cache: PrefixCache, layout: KvLayout, salt: str) -> None:
+        self.run = run
+        self.hashes: list[BlockHash] = []
+        self.published = 0
+        self._cache = cache
+        self._layout = layout
+        self._salt = salt
+        self._hash_blocks()
+
+    def cached_tokens(self) -> int:
+        """How many tokens `match` would find now."""
+        return self._cache.count_cached(self._reusable()) * self._layout.block_tokens
+
+    def match(self) -> list[BlockId]:
+        """The cached blocks of its prefix, each held once more."""
+        return self._cache.match(self._reusable())
+
+    def begin(self) -> None:
+        """The run starts, or restarts, with what the cache holds of it."""
+        self.run.blocks = self.match()
+        self.run.computed = len(self.run.blocks) * self._layout.block_tokens
+        self.published = len(self.run.blocks)
+
+    def publish(self) -> None:
+        """Makes blocks that became full findable."""
+        full = self.run.computed // self._layout.block_tokens
+        if full > len(self.hashes):
+            self._hash_blocks()
+        for index in range(self.published, full):
+            self._cache.publish(self.run.blocks[index], self.hashes[index])
+        self.published = max(self.published, full)
+
+    def leave(self, stepper: Stepper, then: Callable[[], None] = lambda: None) -> None:
+        """Takes the run out, and releases what it holds once no step touches it; `then` is called after that."""
+
+        def release() -> None:
+            self._cache.release(self.run.blocks)
+            self.run.blocks = []
+            stepper.wake()
+            then()
+
+        stepper.leave(self.run, release)
+
+    def _reusable(self) -> Sequence[BlockHash]:
+        """Blocks that may come from the cache: at least the last token must be computed."""
+        return self.hashes[: (len(self.run.tokens) - 1) // self._layout.block_tokens]
+
+    def _hash_blocks(self) -> None:
+        """Extends `hashes` to all full blocks of the tokens so far."""
+        size, known = self._layout.block_tokens, len(self.hashes)
+        fresh = pack(self.run.tokens[known * size :])
+        self.hashes += chain_hashes(fresh, size, self._salt, self.hashes[-1] if known else None)
