@@ -41,7 +41,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
 class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker as it announces itself. `epoch` differs between incarnations of one name.
 
-    Workers with equal, non-empty `memory` can map each other's host memory.
+    Workers with equal, non-empty `memory` can map each other's host memory; those with equal, non-empty `domain` can
+    write into each other's over links. `device` is the vertex of the topology where its engine is.
     """
 
     worker: str
@@ -53,6 +54,8 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     blocks: int
     max_context_tokens: int  # what its model and its blocks allow
     memory: str = ""
+    domain: str = ""
+    device: str = ""
     pid: int = 0
     engine: str = ""
     supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES

@@ -288,10 +288,11 @@ class Prefiller:
         try:
             await admitted.wait()
             job.started_s, cached = clock.now(), run.computed
-            job.call.send(Begin(self._options.chunk_tokens))
-            if not await job.wait_granted():
-                return
+            # Connected before anything is granted, so that the owner knows of every writer.
             async with self._transport.connect(job.ask.offer, self._region, self._incarnation) as pipe:
+                job.call.send(Begin(self._options.chunk_tokens))
+                if not await job.wait_granted():
+                    return
                 await self._stream(job, through, pipe)
         finally:
             through.release()

@@ -50,6 +50,8 @@ class WorkerOptions:
     kv_streams: int = 16
     kv_room_bytes: int = 1 << 30
     pid: int = 0
+    domain: str = ""
+    device: str = ""
     limits: Limits = field(default_factory=Limits)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     prefill: PrefillOptions = field(default_factory=PrefillOptions)
@@ -197,6 +199,8 @@ class Worker:
             max_context_tokens=min(info.max_context_tokens, exported.region.blocks * info.layout.block_tokens),
             memory=self._transport.memory if info.shares_memory else "",
             pid=options.pid,
+            domain=options.domain,
+            device=options.device,
             engine=info.name,
             supports=info.supports,
         )

@@ -37,15 +37,13 @@ class Weather:
 FAIR = Weather()
 
 
-class MortalEngine(SimulatedEngine):
-    """A simulated engine that can be frozen in mid-step, to write on later, and killed, to write no more."""
+class Fate:
+    """What becomes of one process's engine: it can be frozen in mid-step, to write on later, and killed."""
 
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
+    def __init__(self) -> None:
         self._is_dead = False
         self._thawed = asyncio.Event()
         self._thawed.set()
-        self.steps_begun = 0
 
     def freeze(self) -> None:
         self._thawed.clear()
@@ -57,16 +55,26 @@ class MortalEngine(SimulatedEngine):
         self._is_dead = True
         self._thawed.set()
 
+    async def live_on(self) -> None:
+        """Returns when it is not frozen. Raises EngineFailed once it is dead."""
+        await self._thawed.wait()
+        if self._is_dead:
+            raise EngineFailed("this process was killed")
+
+
+class MortalEngine(SimulatedEngine):
+    """A simulated engine that meets its fate between the pieces of a step."""
+
+    def __init__(self, options: Options, fate: Fate) -> None:
+        super().__init__(options)
+        self._fate = fate
+        self.steps_begun = 0
+
     async def step(self, step: Step) -> list[Token | None]:
         self.steps_begun += 1
-        await self._live_on()
+        await self._fate.live_on()
         return await super().step(step)
 
     async def pass_time(self, seconds: float) -> None:
         await super().pass_time(seconds)
-        await self._live_on()
-
-    async def _live_on(self) -> None:
-        await self._thawed.wait()
-        if self._is_dead:
-            raise EngineFailed("this process was killed")
+        await self._fate.live_on()

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 
-from penstock import clock
 from penstock.errors import ConnectionLost, SetupError
 
 _SAME = 1e-9  # rates that differ by less than this part of themselves are equal
@@ -200,7 +199,7 @@ class Network:
 
     def use(self, link: Link) -> LinkUse:
         """What `link` is doing, and did so far."""
-        now = clock.now()
+        now = asyncio.get_running_loop().time()
         carried = sum(flow.sent_bytes(now) - flow._credited_bytes for flow in link._flows)
         busy_s = link._busy_s + (now - link._busy_since_s if link._flows else 0.0)
         return LinkUse(len(link._flows), link._used, link._carried_bytes + carried, busy_s)
@@ -215,7 +214,7 @@ class Network:
         was_idle = flow._sent_bytes == flow.written_bytes
         flow.written_bytes += size_bytes
         if was_idle and size_bytes > 0:
-            self._join(flow, clock.now())
+            self._join(flow, asyncio.get_running_loop().time())
         elif size_bytes > 0:
             self._plan_next(flow)
             self._set_alarm()
@@ -223,7 +222,7 @@ class Network:
     async def wait_sent(self, flow: Flow, size_bytes: float) -> None:
         if flow._lost is not None:
             raise ConnectionLost(flow._lost)
-        if size_bytes <= flow.sent_bytes(clock.now()):
+        if size_bytes <= flow.sent_bytes(asyncio.get_running_loop().time()):
             return
         told = asyncio.get_running_loop().create_future()
         self._order += 1
@@ -237,7 +236,7 @@ class Network:
         if flow._lost is not None:
             return
         flow._lost = why
-        now = clock.now()
+        now = asyncio.get_running_loop().time()
         if flow._sent_bytes < flow.written_bytes:
             flow._sent_bytes = flow.written_bytes = flow.sent_bytes(now)
             self._leave(flow, now)
@@ -283,7 +282,7 @@ class Network:
 
     def _set_capacity(self, link: Link, bytes_per_s: float) -> None:
         link.bytes_per_s = bytes_per_s
-        self._note_change([link] if link._flows else [], clock.now())
+        self._note_change([link] if link._flows else [], asyncio.get_running_loop().time())
 
     # Rates
 
@@ -304,7 +303,7 @@ class Network:
     def _reshare(self) -> None:
         self._resharing = None
         changed, self._changed = self._changed, {}
-        now = clock.now()
+        now = asyncio.get_running_loop().time()
         for flow in _share_out(changed):
             if abs(flow._next_rate - flow.bytes_per_s) > _SAME * flow._next_rate:
                 self._set_rate(flow, flow._next_rate, now)
@@ -345,7 +344,7 @@ class Network:
 
     def _ring(self) -> None:
         self._alarm = None
-        now = clock.now()
+        now = asyncio.get_running_loop().time()
         while self._events and self._events[0][0] <= now:
             _, plan, flow = heappop(self._events)
             if plan == flow._plan:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from penstock import clock
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.errors import ConnectionLost, KvError, Refused
 from penstock.sim.network import Network
@@ -171,7 +170,7 @@ class _Pipe:
                         await asyncio.shield(self._landing)
                 break
             except TimeoutError:
-                before, sent = sent, self._flow.sent_bytes(clock.now())
+                before, sent = sent, self._flow.sent_bytes(asyncio.get_running_loop().time())
                 if sent <= before:
                     owner = self._export.region.owner
                     raise ConnectionLost(f"no byte has reached {owner} for {STALLED_S:.0f} s") from None

@@ -11,12 +11,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 
-from penstock import clock
 from penstock.errors import AddressInUse, ConnectionLost, FrameTooLarge, Refused, SetupError
 from penstock.wire.api import MAX_BACKLOG_BYTES, MAX_FRAME_BYTES, Accept, Connection
 from penstock.wire.inbox import Inbox
@@ -156,6 +156,7 @@ class _Host:
         self.is_dead = False
         self._is_frozen = False
         self._waiting: deque[Act] = deque()
+        self._context = copy_context()  # what arrives is dealt with in this one, not in the sender's
 
     def act(self, act: Act) -> None:
         """Does it now, after the thaw, or never if this endpoint is dead."""
@@ -164,7 +165,7 @@ class _Host:
         if self._is_frozen or self._waiting:
             self._waiting.append(act)
         else:
-            act()
+            self._do(act)
 
     def freeze(self) -> None:
         self._is_frozen = True
@@ -179,7 +180,10 @@ class _Host:
 
     def _catch_up(self) -> None:
         while self._waiting and not self._is_frozen:
-            self._waiting.popleft()()
+            self._do(self._waiting.popleft())
+
+    def _do(self, act: Act) -> None:
+        self._context.copy().run(act)  # a copy, since a context cannot be entered twice
 
 
 class _End:
@@ -250,7 +254,7 @@ class _End:
         self._unheard_bytes -= len(frame)
         for delay_s in self._network.weather(self.host.name, self.other.host.name, frame):
             self._unheard_bytes += len(frame)
-            land_s = clock.now() + delay_s
+            land_s = asyncio.get_running_loop().time() + delay_s
             self._last_landing_s = max(self._last_landing_s, land_s)
             self._network.flights.depart(land_s, partial(self.other.host.act, partial(self._arrive, frame)))
 
@@ -260,7 +264,7 @@ class _End:
             self.other.inbox.put(frame)
 
     def _depart_end(self, reason: str) -> None:
-        land_s = max(clock.now(), self._last_landing_s)  # no earlier than the last frame
+        land_s = max(asyncio.get_running_loop().time(), self._last_landing_s)  # no earlier than the last frame
         self._network.flights.depart(land_s, partial(self.other.host.act, partial(self.other.over, reason)))
 
 
@@ -282,7 +286,7 @@ class _Knock:
     answer: asyncio.Future[_End]
 
     def leave(self) -> None:
-        self.network.flights.depart(clock.now(), self._come)
+        self.network.flights.depart(asyncio.get_running_loop().time(), self._come)
 
     def _come(self) -> None:
         listener = self.network.listener_at(self.address)
@@ -306,7 +310,7 @@ class _Knock:
 
     def _reply(self, answer: _End | Refused) -> None:
         settle = partial(self._settle, answer)
-        self.network.flights.depart(clock.now(), partial(self.caller.act, settle))
+        self.network.flights.depart(asyncio.get_running_loop().time(), partial(self.caller.act, settle))
 
     def _settle(self, answer: _End | Refused) -> None:
         if isinstance(answer, Refused):

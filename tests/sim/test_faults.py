@@ -142,7 +142,7 @@ def test_a_prefill_engine_that_hangs_is_given_up_and_its_process_killed() -> Non
         async with World(seed=1, shape=Shape(engine=SLOW)) as world:
             asking = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.9)
-            world.engine("prefill-0").freeze()  # the process lives and says so
+            world.stall("prefill-0")  # the process lives and says so
             answer = await asking
             assert answer.is_whole and answer.finish is not None
             assert "made no step for 6" in answer.finish.timeline.failures[0]
@@ -306,12 +306,12 @@ def test_a_chunk_in_progress_keeps_its_blocks_until_it_has_ended() -> None:
         async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
             leaving = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.6)  # early in the second chunk, most of which is yet to be written
-            world.engine("prefill-0").freeze()  # a slow kernel: the process lives and answers
+            world.stall("prefill-0")  # a slow kernel: the process lives and answers
             leaving.cancel()
             world.drain("prefill-0")  # so that the next requests are prefilled at decode, at once
             others = [asyncio.create_task(world.ask(tokens=20, max_tokens=200)) for _ in range(9)]
             await asyncio.sleep(1)
-            world.engine("prefill-0").thaw()
+            world.resume("prefill-0")
             assert all(answer.is_whole for answer in await asyncio.gather(*others))
             await world.settle()
 
@@ -489,7 +489,7 @@ def misfortune(rng: Random, world: World) -> None:
         if kind == "freeze":
             world.freeze(name)
         else:
-            world.engine(name).freeze()  # a slow kernel
+            world.stall(name)  # a slow kernel
         asyncio.get_running_loop().call_later(rng.choice([1, 3, 5]), wake, world, name)
 
 
