@@ -13,11 +13,20 @@ Role = Literal["prefill", "decode", "any"]  # a preference: any worker can do ei
 ROLES: tuple[Role, ...] = ("prefill", "decode", "any")
 
 
+class StepPrices(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker has learned of its steps' times: `prices` of the parts that `policy.latency.steps` lists."""
+
+    prices: tuple[float, ...]
+    free_tokens: int = 0
+    expert_share: float = 0.0
+
+
 class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker's own report. Counters grow from its start; `at_s` is its own clock, good for intervals only."""
 
     at_s: float = 0.0
     steps: int = 0  # progress: a worker that has work and whose steps stand still is stalled
+    busy_s: float = 0.0  # in these steps
     waiting: int = 0  # sequences queued for blocks, and prefills for others until they are done
     running: int = 0  # sequences that hold blocks here: being prefilled here, or decoding
     queued_tokens: int = 0  # prompt tokens waiting to be computed here
@@ -27,6 +36,7 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     quarantined_blocks: int = 0
     prefill_tokens_per_s: float = 0.0  # 0: not measured yet
     decode_step_s: float = 0.0
+    step_prices: StepPrices | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

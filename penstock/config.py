@@ -123,6 +123,49 @@ class ListenSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SimulationSettings:
+    """What is simulated: every policy at every rate with every split."""
+
+    cluster: Path | None = None
+    """A cluster file; by default a small cluster that comes with penstock."""
+
+    trace: Path | None = None
+    """Requests from a file: Mooncake's JSONL, or Azure's CSV."""
+
+    workload: str = ""
+    """Instead of a file: a kind of workload and its settings, such as chat:rate=4; by default mooncake-like."""
+
+    requests: int | None = None
+    """Play only the first so many requests; by default 500 of a workload that was not named, else all."""
+
+    policy: tuple[str, ...] = ("pairs",)
+    """Routing policies to compare: names with commas between, or the flag several times."""
+
+    rate: tuple[str, ...] = ("1",)
+    """How many times as fast sessions start as the workload has it: 1,2,4."""
+
+    split: tuple[str, ...] = ()
+    """Prefill and decode workers, as 8:8,6:10; by default those of the cluster file."""
+
+    seed: int = 0
+    """Another seed, another history; the same seed, the same numbers."""
+
+    jobs: int = 1
+    """Simulations at a time, each on a core."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSettings:
+    """What a request should keep to, for attainment and goodput."""
+
+    slo_ttft: float = 2.0
+    """Seconds to the first token."""
+
+    slo_itl: float = 0.05
+    """Seconds between the tokens of a request, in its mean."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model on this disk, and what clients call it. `arguments` make another command find the same one."""
 
@@ -141,7 +184,10 @@ class Secrets:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted."""
+    """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted.
+
+    `policy` is the name of a routing policy, a file of `penstock/policy/routing`.
+    """
 
     model: Model
     secrets: Secrets
@@ -150,6 +196,7 @@ class ServeConfig:
     engine: EngineSettings
     kv: KvSettings
     leases: Path | None
+    policy: str
     ask: bool
     log_level: str
 
@@ -178,11 +225,13 @@ class FrontendConfig:
     """All that the process of a frontend is told, beside the two sockets it is given.
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
+    `policy` is the name of a routing policy.
     """
 
     model: Model
     secrets: Secrets
     leases: Path | None
+    policy: str
 
 
 def parse(kind: type[T], values: Mapping[str, object], what: str) -> T:

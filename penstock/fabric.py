@@ -40,6 +40,7 @@ class Device(msgspec.Struct, frozen=True, omit_defaults=True):
     bf16_flops_per_s: float = 0.0
     fp8_flops_per_s: float = 0.0
     fp4_flops_per_s: float = 0.0
+    fp32_flops_per_s: float = 0.0
 
 
 class Vertex(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -15,7 +15,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-WORDS = ("auth", "blocks", "clock", "cluster", "config", "errors", "fabric", "metrics", "plot", "plugin", "request", "tokens")
+WORDS = (
+    "auth",
+    "blocks",
+    "clock",
+    "cluster",
+    "config",
+    "devices",
+    "errors",
+    "fabric",
+    "metrics",
+    "plot",
+    "plugin",
+    "request",
+    "tokens",
+)
 PORTS = ("engine", "wire", "transport", "topology", "discovery", "launch")
 PATH = ("policy", "kv", *PORTS, "serve")
 

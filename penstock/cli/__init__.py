@@ -5,6 +5,7 @@
     frontend   the HTTP side alone; `serve` starts it, and so can an orchestrator
     profile    how long steps of an engine take here, and a model of it
     topology   what is wired to what
+    simulate   a cluster that need not exist, on virtual time
 
 Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
 What is heavy is imported inside the commands, so that `penstock --help` is quick.
@@ -34,6 +35,8 @@ from penstock.config import (
     ListenSettings,
     Secrets,
     ServeConfig,
+    SimulationSettings,
+    TargetSettings,
     WorkerConfig,
 )
 from penstock.errors import SetupError
@@ -42,12 +45,14 @@ app = App(
     name="penstock",
     help="Serves large language models with prefill and decode on separate workers.",
     version=__version__,
-    default_parameter=Parameter(show_default=lambda default: str(default) if default else None),
+    default_parameter=Parameter(show_default=lambda default: shown(default), negative_iterable=()),
 )
 
 Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
 Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
+Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Descriptor = Annotated[int | None, Parameter(show=False)]  # of a socket that `serve` has bound
@@ -79,6 +84,7 @@ def serve(
     listen: Listen = ListenSettings(),
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
+    policy: str = "pairs",
     discovery: str = "",
     ask: bool = True,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -94,6 +100,8 @@ def serve(
         A Hugging Face folder, or a hub id such as org/name; by default the bundled demo model.
     model_name
         What clients call the model; by default the folder's name or the hub id.
+    policy
+        How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
     ask
@@ -116,6 +124,7 @@ def serve(
         engine=engine,
         kv=kv,
         leases=leases_folder(discovery),
+        policy=policy,
         ask=ask,
         log_level=log_level,
     )
@@ -187,6 +196,7 @@ def frontend(
     *,
     model_name: str = "",
     listen: Listen = ListenSettings(),
+    policy: str = "pairs",
     discovery: str = "",
     http_fd: Descriptor = None,
     join_fd: Descriptor = None,
@@ -200,6 +210,8 @@ def frontend(
         The folder or hub id of the model, for its tokenizer; by default the bundled demo model.
     model_name
         What clients call the model; by default the folder's name or the hub id.
+    policy
+        How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
     log_level
@@ -211,6 +223,7 @@ def frontend(
         model=find_model(model, model_name),
         secrets=Secrets(process.token(), listen.api_key),
         leases=leases_folder(discovery),
+        policy=policy,
     )
     if http_fd is None or join_fd is None:
         http, registry = sockets.listen_at_both(listen)
@@ -251,6 +264,32 @@ def profile(
     profile_engine(find_model(model), engine, seconds, plot, as_json)
 
 
+@app.command
+def simulate(
+    *,
+    simulation: Simulation = SimulationSettings(),
+    targets: Targets = TargetSettings(),
+    json_file: Annotated[str, Parameter(name="--json", allow_leading_hyphen=True)] = "",
+    html: Path | None = None,
+) -> None:
+    """Play requests against a cluster that need not exist, on virtual time: the program that serves, arithmetic
+    modelled.
+
+    Several policies, rates and splits are compared in one table; the same seed gives the same numbers.
+
+    Parameters
+    ----------
+    json_file
+        Where to write all numbers as JSON; - prints them instead of the table.
+    html
+        Where to write a page with plots.
+    """
+    from penstock.cli.simulate import simulate as simulate_all
+
+    process.log_to_stderr("simulate", "warning")
+    simulate_all(simulation, targets, json_file, html)
+
+
 topology_commands = App(name="topology", help="What is wired to what: devices, links, the domains they fail with.")
 app.command(topology_commands)
 
@@ -286,6 +325,13 @@ def topology_show(
         raise SetupError("a file or preset, --local and --labels are three topologies: name one")
     process.log_to_stderr("topology", "warning")
     show(source, labels, svg, as_json)
+
+
+def shown(default: object) -> str | None:
+    """How help shows a default; not at all where that means nothing."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or None
+    return str(default) if default else None
 
 
 def leases_folder(discovery: str) -> Path | None:

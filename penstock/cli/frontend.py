@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from penstock import clock
+from penstock import clock, plugin
 from penstock.cli import process
 from penstock.config import FrontendConfig
 from penstock.discovery.api import Discovery
@@ -22,6 +22,7 @@ from penstock.wire.stream import StreamWire
 
 async def run_frontend(config: FrontendConfig, http: socket.socket, registry: socket.socket) -> None:
     """Takes over two listening sockets. Raises SetupError where the start is refused."""
+    route = plugin.find("policy.routing", config.policy).ROUTING
     leave = process.stop_requested()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the event loop
     rng = clock.chance()
@@ -34,7 +35,7 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     async with (
         endpoint,
         endpoint.listen(f"fd:{registry.fileno()}"),
-        Router(discovery, endpoint, rng) as router,
+        Router(discovery, endpoint, rng, route) as router,
         Frontend(router, {config.model.name: tokenizer}, rng, options) as frontend,
         serve_http(frontend, http, process.grace_s),
     ):

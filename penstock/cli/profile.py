@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,16 +16,16 @@ from random import Random
 import msgspec
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from penstock import clock
 from penstock.blocks import BlockId, KvLayout, Region
-from penstock.cli.plot import Chart, Series, svg
+from penstock.cli.output import OnProgress, check_writable, progress, write
 from penstock.cli.worker import build_engine, host_room_bytes
 from penstock.config import EngineSettings, Model
 from penstock.engine.api import Engine, Slice, Step
 from penstock.errors import SetupError, UnsupportedModel
+from penstock.plot import Axis, Chart, Series, svg
 from penstock.policy.latency.shape import shape_of
 from penstock.policy.latency.steps import Mix, StepModel, chunk, fit_steps, saturating_tokens
 from penstock.request import Sampling
@@ -38,8 +37,6 @@ LEAST_STEPS = 6  # of a kind, if time allows
 DISTURBED = 1.2  # median by 10th percentile; 1.05 is usual on an idle machine
 FILL = 0x3C  # small numbers in every dtype; pages that nobody wrote are all one page, and too fast
 PRICES = ("step_s", "token_s", "pair_s", "sequence_s", "read_s", "experts_s")
-
-OnProgress = Callable[[float], None]  # the share of the work that is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +72,13 @@ class Profile:
 def profile(model: Model, settings: EngineSettings, seconds: float, plot: Path | None, as_json: bool) -> None:
     """The command. Raises SetupError where the start is refused, or the plot cannot be written."""
     if plot is not None:
-        _check_writable(plot)
+        check_writable(plot)
     engine = build_engine(model, settings)
-    with _progress(f"profiling {model.name}") as on_progress:
+    with progress(f"profiling {model.name}") as on_progress:
         points = asyncio.run(measure(engine, seconds, host_room_bytes(), on_progress))
     result = fit(model.name, engine.info.device, points, expert_share(model.folder))
     if plot is not None:
-        plot.write_text(svg(charts(result)), encoding="utf-8")
+        write(plot, svg(charts(result)))
     if as_json:
         print(json.dumps(as_builtins(result)))
     else:
@@ -259,10 +256,16 @@ def charts(profile: Profile) -> list[Chart]:
         _series(profile, f"{depth} tokens deep", points, lambda mix: mix.sequences, lambda mix, seconds: seconds * 1e3)
         for depth, points in _grouped(decodes, lambda mix: mix.depth)
     ]
+    tokens, time = Axis("tokens in a chunk", "log2"), Axis("ms", "log10")
     return [
-        Chart("Prefill", "tokens in a chunk", "ms", by_context(lambda mix, seconds: seconds * 1e3)),
-        Chart("Prefill", "tokens in a chunk", "tokens/s", by_context(lambda mix, seconds: mix.tokens / seconds)),
-        Chart("Decode", "sequences in a step", "ms", by_depth),
+        Chart("Prefill: time of a chunk", tokens, time, by_context(lambda mix, seconds: seconds * 1e3)),
+        Chart(
+            "Prefill: throughput",
+            tokens,
+            Axis("tokens/s", "log10"),
+            by_context(lambda mix, seconds: mix.tokens / seconds),
+        ),
+        Chart("Decode: time of a step", Axis("sequences in a step", "log2"), time, by_depth),
     ]
 
 
@@ -288,21 +291,3 @@ def _order(mix: Mix) -> tuple[int, ...]:
     """Chunks, then decodes, then both."""
     kind = (mix.sequences > 0) + (mix.sequences > 0 and mix.tokens > 0)
     return (kind, mix.context, mix.depth, mix.tokens, mix.sequences)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[OnProgress]:
-    """A bar on standard error, if a person looks there."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=1.0)
-        yield lambda done: progress.update(task, completed=min(1.0, done))
-
-
-def _check_writable(path: Path) -> None:
-    """Before the time is spent. Raises SetupError."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise SetupError(f"cannot write the plot to {path} ({error.strerror}): name another file") from error

@@ -42,6 +42,7 @@ class Question:
 async def serve(config: ServeConfig, report: Report) -> None:
     """Serves until SIGINT or SIGTERM. Raises SetupError if one of the processes refuses to start."""
     engine_options = options_of_workers(config)
+    plugin.find("policy.routing", config.policy)
     stop = process.stop_requested()
     http, registry = sockets.listen_at_both(config.listen)
     with http, registry:
@@ -72,7 +73,7 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
 
 
 def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.socket) -> Job:
-    flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno()}
+    flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
     if config.leases is not None:
         flags["discovery"] = f"file:{config.leases}"
     secrets = {"PENSTOCK_TOKEN": config.secrets.token, "PENSTOCK_API_KEY": config.secrets.api_key}

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from penstock.cli.output import write
 from penstock.config import suggestion
 from penstock.errors import SetupError
 from penstock.fabric import Fabric
@@ -60,10 +61,3 @@ def line(group: Group) -> Text:
     return Text.assemble(
         (group.title, "bold"), *(("  " + fact, "dim" if number else "") for number, fact in enumerate(group.facts))
     )
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SetupError(f"cannot write {path}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from penstock.blocks import BlockId, KvLayout, Region
+from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 
 FEATURES = ("logprobs", "sampling")  # what an engine may lack; requests that need it are refused with a 400
@@ -30,6 +31,7 @@ class EngineInfo:
     device: str  # "cpu", "cuda:0"
     shares_memory: bool  # KV lives in host memory that other processes can map
     supports: tuple[str, ...] = FEATURES
+    step_prior: StepModel = UNKNOWN  # how long its steps should take, until the worker has seen some
     kv_room_bytes: int = 0  # what its device has left for KV once the model is loaded; 0: host memory, ask the host
 
 

@@ -24,6 +24,10 @@ from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Geometry, build
 from penstock.engine.embedded_sampling import Draw, sample
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
+from penstock.policy.latency.device import cpu
+from penstock.policy.latency.roofline import Roofline
+from penstock.policy.latency.shape import shape_of
+from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 
 if TYPE_CHECKING:
@@ -67,8 +71,20 @@ def read(options: Options) -> Checkpoint:
         eos_token_ids=_eos_token_ids(model, text),
         device=str(geometry.device),
         shares_memory=geometry.device.type == "cpu",
+        step_prior=_step_prior(text, geometry, options),
     )
     return Checkpoint(architecture, config, geometry, info)
+
+
+def _step_prior(text: PreTrainedConfig, geometry: Geometry, options: Options) -> StepModel:
+    """By the size of the model and the number of cores; of a GPU nothing is known before it was measured."""
+    if geometry.device.type != "cpu":
+        return UNKNOWN
+    try:
+        shape = shape_of(text.to_dict() | {"dtype": str(geometry.dtype).removeprefix("torch.")})
+    except UnsupportedModel:  # by the roofline, which knows fewer than this engine
+        return UNKNOWN
+    return Roofline(shape, cpu(options.threads or torch.get_num_threads())).prior()
 
 
 def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:

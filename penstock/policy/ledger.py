@@ -2,61 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+# Rows of `Ledger.booked`. The first four are what workers report as well.
+QUEUED_TOKENS, PREFILLS, STREAMS, BLOCKS, OUTGOING_BYTES, INCOMING_BYTES = range(6)
+REPORTED = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Booked:
-    """One worker's share of the bookings."""
+class Booking:
+    """One request: `tokens` to compute at `prefill`, a stream of `blocks` at `decode`, `move_bytes` between them."""
 
-    prefill_tokens: int = 0
-    streams: int = 0
-
-
-@dataclass(slots=True)
-class _Booking:
     decode: str
     prefill: str
-    prompt_tokens: int
+    tokens: int
+    blocks: int = 0
+    move_bytes: int = 0
+    is_prefilled: bool = False
 
 
 class Ledger:
-    """Bookings by request id. Owned by one router."""
+    """Bookings by request id, and their sums by worker. Owned by one router.
+
+    `booked` has a row for each kind of load and a column for each seated worker; what is booked at a worker without a
+    seat is kept, and counted when it has one again.
+    """
 
     def __init__(self) -> None:
-        self._bookings: dict[str, _Booking] = {}
-        self._prefill_tokens: dict[str, int] = {}
-        self._streams: dict[str, int] = {}
+        self._bookings: dict[str, Booking] = {}
+        self._columns: dict[str, int] = {}
+        self.booked: npt.NDArray[np.float64] = np.zeros((6, 0))
 
-    def book(self, request_id: str, decode: str, prefill: str, prompt_tokens: int) -> None:
-        """A prefill of `prompt_tokens` at `prefill` and a stream at `decode`. Replaces an earlier booking."""
+    def seat(self, workers: Sequence[str]) -> None:
+        """Columns are for these workers from now on, in this order. `booked` is a new array."""
+        self._columns = {worker: column for column, worker in enumerate(workers)}
+        self.booked = np.zeros((6, len(workers)))
+        for booking in self._bookings.values():
+            self._add(booking, 1)
+
+    def book(self, request_id: str, booking: Booking) -> None:
+        """Replaces an earlier booking of this request."""
         self.release(request_id)
-        self._bookings[request_id] = _Booking(decode, prefill, prompt_tokens)
-        self._prefill_tokens[prefill] = self._prefill_tokens.get(prefill, 0) + prompt_tokens
-        self._streams[decode] = self._streams.get(decode, 0) + 1
+        self._bookings[request_id] = booking
+        self._add(booking, 1)
 
     def prefilled(self, request_id: str) -> None:
-        """The first token came. Idempotent."""
+        """The first token came: the prompt is computed, and its KV is taken as moved. Idempotent."""
         if (booking := self._bookings.get(request_id)) is not None:
-            _subtract(self._prefill_tokens, booking.prefill, booking.prompt_tokens)
-            booking.prompt_tokens = 0
+            self._add(booking, -1)
+            self._bookings[request_id] = replace(booking, is_prefilled=True)
+            self._add(self._bookings[request_id], 1)
 
     def release(self, request_id: str) -> None:
         """The request is over. Idempotent."""
-        self.prefilled(request_id)
         if (booking := self._bookings.pop(request_id, None)) is not None:
-            _subtract(self._streams, booking.decode, 1)
-
-    def booked(self, worker: str) -> Booked:
-        return Booked(self._prefill_tokens.get(worker, 0), self._streams.get(worker, 0))
+            self._add(booking, -1)
 
     def __len__(self) -> int:
         return len(self._bookings)
 
-
-def _subtract(totals: dict[str, int], key: str, amount: int) -> None:
-    left = totals.get(key, 0) - amount
-    if left > 0:
-        totals[key] = left
-    else:
-        totals.pop(key, None)
+    def _add(self, booking: Booking, sign: int) -> None:
+        # Sums of whole numbers, exact in floats below 2**53: what is added and subtracted again leaves nothing behind.
+        prefill, decode = self._columns.get(booking.prefill), self._columns.get(booking.decode)
+        if decode is not None:
+            self.booked[STREAMS, decode] += sign
+            self.booked[BLOCKS, decode] += sign * booking.blocks
+        if booking.is_prefilled:
+            return
+        if prefill is not None:
+            self.booked[QUEUED_TOKENS, prefill] += sign * booking.tokens
+            self.booked[PREFILLS, prefill] += sign
+            self.booked[OUTGOING_BYTES, prefill] += sign * booking.move_bytes
+        if decode is not None:
+            self.booked[INCOMING_BYTES, decode] += sign * booking.move_bytes

@@ -1,4 +1,4 @@
-"""The router: knows the fleet, chooses a pair for each request, and follows the request on its decode worker.
+"""The router: knows the fleet, has its policy choose a pair for each request, and follows it on its decode worker.
 
 Until the first token it may try another worker without anybody noticing; after that a lost worker is an error.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -26,15 +26,14 @@ from penstock.errors import (
     WorkerDraining,
     WorkerLost,
 )
-from penstock.policy.ledger import Ledger
-from penstock.policy.routing import Ask, Choice, Facts, choose
+from penstock.policy.routing import pairs
+from penstock.policy.routing.api import Route, Wiring
+from penstock.policy.routing.roster import Roster
 from penstock.request import Finish, Plan, Request, Timeline, Token
 from penstock.serve.decode import GenerateAsk, Output, decode_output
 from penstock.serve.rpc import Call, Endpoint
 
 log = logging.getLogger(__name__)
-
-Policy = Callable[[Ask, Sequence[Facts], Random], Choice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +48,28 @@ _TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s",
 
 
 class Router:
-    """Used as `async with`; then `generate` for each request. Owns the ledger of what it has sent where."""
+    """Used as `async with`; then `generate` for each request. Owns the roster of each model's workers.
+
+    `wiring` prices transfers between the devices that workers name; without it all that are possible cost the same.
+    """
 
     def __init__(
         self,
         discovery: Discovery,
         endpoint: Endpoint,
         rng: Random,
-        policy: Policy = choose,
+        policy: Route = pairs.route,
         options: RouterOptions = RouterOptions(),
+        wiring: Wiring | None = None,
     ) -> None:
         self.options = options
         self.endpoint = endpoint
         self._discovery = discovery
         self._rng = rng
         self._policy = policy
+        self._wiring = wiring
         self._fleet: dict[str, Standing] = {}
-        self._ledger = Ledger()
+        self._rosters: dict[str, Roster] = {}  # by model
         self._avoid_until_s: dict[tuple[str, int], float] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -73,7 +77,7 @@ class Router:
     async def __aenter__(self) -> Router:
         """Raises SetupError if the discovery cannot be watched."""
         fleets = self._discovery.watch()
-        self._fleet = await anext(fleets)
+        self._update(await anext(fleets))
         self._watcher = self.endpoint.spawn(self._watch(fleets))
         return self
 
@@ -117,19 +121,24 @@ class Router:
     # For Stream
 
     def route(self, request: Request, avoid: Mapping[str, None]) -> tuple[Standing, Plan]:
-        """Chooses and books."""
-        choice = self._policy(_ask(request), self._usable(request.model, avoid), self._rng)
-        prefill = [self._fleet[name].member.hop for name in choice.prefill if name not in avoid]
-        self._ledger.book(request.id, choice.decode, (*choice.prefill, choice.decode)[0], request.prompt_tokens)
-        return self._fleet[choice.decode], Plan(choice.decode, tuple(prefill), choice.wait_s, choice.why)
+        """Chooses and books. Raises NoWorker, UnknownModel."""
+        roster = self._roster(request.model)
+        fleet = roster.fleet(avoid, self._avoided())
+        ask, hashes = roster.ask(request)
+        choice = self._policy(clock.now(), ask, fleet, self._rng)
+        roster.book(request.id, ask, hashes, choice)
+        prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
+        return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, choice.why)
 
-    def prefilled(self, request_id: str) -> None:
+    def prefilled(self, request: Request) -> None:
         """The first token came."""
-        self._ledger.prefilled(request_id)
+        if (roster := self._rosters.get(request.model)) is not None:
+            roster.ledger.prefilled(request.id)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request: Request) -> None:
         """The request is on no worker any more."""
-        self._ledger.release(request_id)
+        if (roster := self._rosters.get(request.model)) is not None:
+            roster.ledger.release(request.id)
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""
@@ -137,36 +146,35 @@ class Router:
         self._avoid_until_s = {key: until_s for key, until_s in self._avoid_until_s.items() if until_s > now}
         self._avoid_until_s[(member.worker, member.epoch)] = now + self.options.avoid_s
 
-    def _usable(self, model: str, avoid: Mapping[str, None]) -> list[Facts]:
-        fleet = [standing for standing in self._fleet.values() if standing.member.model == model]
-        if self._fleet and not fleet:
+    def _roster(self, model: str) -> Roster:
+        if self._fleet and model not in self._rosters:
             raise UnknownModel(f"no worker serves {model!r}; there is {', '.join(self.cards())}", "model")
-        usable = [standing for standing in fleet if standing.member.worker not in avoid]
-        return [self._facts(standing) for standing in usable if not self._is_avoided(standing)] or [
-            self._facts(standing) for standing in usable
+        return self._rosters.get(model) or Roster(self._wiring)
+
+    def _avoided(self) -> list[str]:
+        """Workers that lost a request a moment ago, as long as they are the same incarnation."""
+        now, fleet = clock.now(), self._fleet
+        return [
+            name
+            for (name, epoch), until_s in self._avoid_until_s.items()
+            if until_s > now and name in fleet and fleet[name].member.epoch == epoch
         ]
 
-    def _is_avoided(self, standing: Standing) -> bool:
-        return self._avoid_until_s.get((standing.member.worker, standing.member.epoch), 0.0) > clock.now()
-
-    def _facts(self, standing: Standing) -> Facts:
-        member, load = standing.member, standing.load
-        booked = self._ledger.booked(member.worker)
-        return Facts(
-            worker=member.worker,
-            role=member.role,
-            shares_with=f"{member.memory} {member.layout}" if member.memory else "",
-            queued_tokens=max(load.queued_tokens, booked.prefill_tokens),
-            streams=max(load.running, booked.streams),
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            decode_step_s=load.decode_step_s,
-            is_draining=standing.draining,
-        )
+    def _update(self, fleet: dict[str, Standing]) -> None:
+        self._fleet = fleet
+        models: dict[str, dict[str, Standing]] = {}
+        for name, standing in fleet.items():
+            models.setdefault(standing.member.model, {})[name] = standing
+        for model in [model for model in self._rosters if model not in models]:
+            del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
+        for model, standings in models.items():
+            self._rosters.setdefault(model, Roster(self._wiring)).update(standings)
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.
         async for fleet in fleets:
-            before, self._fleet = self._fleet, fleet
+            before = self._fleet
+            self._update(fleet)
             self._changed.set()
             for name, standing in before.items():
                 if name not in fleet or fleet[name].member.epoch != standing.member.epoch:
@@ -189,6 +197,7 @@ class Stream:
         self._failures: list[str] = []
         self._has_token = False
         self.timeline: Timeline | None = None
+        self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
 
     async def start(self) -> None:
         """Opens the call on the chosen worker, or the next one that can be reached."""
@@ -209,7 +218,7 @@ class Stream:
 
     async def close(self) -> None:
         """Cancels what still runs. Idempotent."""
-        self._router.release(self._request.id)
+        self._router.release(self._request)
         if self._call is not None:
             call, self._call = self._call, None
             await call.__aexit__(None, None, None)
@@ -254,7 +263,8 @@ class Stream:
     def _take(self, outputs: list[Output]) -> tuple[list[Token], Finish | None]:
         if not self._has_token:
             self._has_token = True
-            self._router.prefilled(self._request.id)
+            self._router.prefilled(self._request)
+        self.over_s = sum(output.over_s for output in outputs)
         if (so_far := outputs[0].so_far) is not None:
             self.timeline = self._shift(so_far)
         if (finish := outputs[-1].finish) is not None:
@@ -268,7 +278,3 @@ class Stream:
         times = {name: value + by_s for name in _TIMES if (value := getattr(timeline, name)) is not None}
         failures = [*self._failures, *timeline.failures]
         return msgspec.structs.replace(timeline, **times, reached_worker_s=by_s, failures=failures)
-
-
-def _ask(request: Request) -> Ask:
-    return Ask(request.prompt_tokens, request.sampling.max_tokens)

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from penstock import clock
 from penstock.blocks import BlockId, Region
+from penstock.cluster import StepPrices
 from penstock.engine.api import Engine, MultiStepEngine, Slice, Step
 from penstock.errors import OutOfBlocks, PenstockError
 from penstock.kv.lease import Lease, LeaseTable
@@ -63,6 +64,7 @@ class Pace:
 
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
+    step_prices: StepPrices | None = None
 
 
 class Stepper:
@@ -89,6 +91,7 @@ class Stepper:
         self._leases = leases
         self._limits = limits
         self._fit = fit
+        self._free_s = 0.0  # when the engine was last done, or asked to begin
         self._pace, self._pace_at_step = Pace(), -_PACE_STEPS
         self._running: list[Run] = []  # by arrival
         self._waiting: list[Run] = []
@@ -168,8 +171,11 @@ class Stepper:
 
     async def run(self) -> None:
         """Steps until cancelled; then waits for the step that is being computed."""
+        self._free_s = clock.now()
         while True:
-            await self._wake.wait()
+            if not self._wake.is_set():
+                await self._wake.wait()
+                self._free_s = clock.now()
             self._wake.clear()
             if chosen := self._next_step():
                 await self._compute(chosen)
@@ -269,7 +275,6 @@ class Stepper:
         steps = self._count_alike(chosen)
         self._in_step = [run for run, _ in chosen]
         step = Step(chosen[0][0].region, [_slice(*each) for each in chosen])
-        started_s = clock.now()
         try:
             results = await self._ask_engine(step, steps)
         except PenstockError as error:
@@ -281,7 +286,9 @@ class Stepper:
             self._land()
             raise
         made = len(results[0]) if steps > 1 else 1
-        self._measure(chosen, made, clock.now() - started_s)
+        # From the end of the step before, if that came at once: planning and handing out results take time as well.
+        started_s, self._free_s = self._free_s, clock.now()
+        self._measure(chosen, made, self._free_s - started_s)
         left = self._land()
         for (run, tokens), sampled in zip(chosen, results, strict=True):
             if run not in left:
@@ -325,6 +332,7 @@ class Stepper:
         return Pace(
             tokens / prefill.seconds if prefill.error_s < _UNSURE * prefill.seconds else 0.0,
             step.seconds if step.error_s < _UNSURE * step.seconds else 0.0,
+            model.prices,
         )
 
 

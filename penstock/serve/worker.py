@@ -16,7 +16,7 @@ from penstock.engine.api import Engine
 from penstock.kv.lease import LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.batching import Limits
-from penstock.policy.latency.steps import UNKNOWN, StepFit, StepModel
+from penstock.policy.latency.steps import StepFit
 from penstock.serve.decode import DecodeOptions, Decoder
 from penstock.serve.lend import Lender, LendOptions
 from penstock.serve.prefill import Prefiller, PrefillOptions
@@ -36,8 +36,7 @@ class WorkerOptions:
     """Everything a worker is told.
 
     `kv_bytes` is the size of its region; 0 takes room for `kv_streams` full contexts, or what there is: on the
-    engine's own device all that is left, of host memory at most `kv_room_bytes`. `step_prior` is how
-    long steps should take, until it has seen its own.
+    engine's own device all that is left, of host memory at most `kv_room_bytes`.
     """
 
     name: str
@@ -57,7 +56,6 @@ class WorkerOptions:
     prefill: PrefillOptions = field(default_factory=PrefillOptions)
     lend: LendOptions = field(default_factory=LendOptions)
     rpc: RpcOptions = field(default_factory=RpcOptions)
-    step_prior: StepModel = UNKNOWN
     pulse_s: float = 0.05
     sweep_s: float = 1.0
 
@@ -107,6 +105,7 @@ class Worker:
         return Load(
             at_s=clock.now(),
             steps=stepper.steps,
+            busy_s=stepper.busy_s,
             waiting=stepper.waiting + self._prefiller.queued,
             running=stepper.running,
             queued_tokens=stepper.queued_tokens + self._prefiller.queued_tokens,
@@ -116,6 +115,7 @@ class Worker:
             quarantined_blocks=self._cache.quarantined,
             prefill_tokens_per_s=stepper.pace.prefill_tokens_per_s,
             decode_step_s=stepper.pace.decode_step_s,
+            step_prices=stepper.pace.step_prices,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             output_tokens=counters.output_tokens,
@@ -210,7 +210,7 @@ class Worker:
         self._cache = PrefixCache(exported.region.blocks)
         self._leases = LeaseTable(self._cache, options.lend.lease_s)
         self._stepper = Stepper(
-            engine, exported.region, self._cache, self._leases, options.limits, StepFit(options.step_prior)
+            engine, exported.region, self._cache, self._leases, options.limits, StepFit(engine.info.step_prior)
         )
         lender = Lender(self._cache, self._leases, self._stepper, exported, endpoint, options.lend)
         self._decoder = Decoder(

@@ -15,12 +15,12 @@ from penstock.policy.latency.steps import StepModel, Work, chunk, decode
 from penstock.request import Token
 from penstock.sim.faults import Fate
 
-_TOKEN = Token(1)  # every output token
+TOKEN = Token(1)  # every output token
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`step_model` has the true times; what the worker believes of them it must learn."""
+    """`step_model` has the true times, and is what the worker believes until it has seen some."""
 
     model: str
     layout: KvLayout
@@ -44,12 +44,13 @@ class ModelledEngine:
             name="modelled",
             model=options.model,
             layout=options.layout,
-            vocab_size=_TOKEN.id + 1,
+            vocab_size=TOKEN.id + 1,
             max_context_tokens=options.max_context_tokens,
             eos_token_ids=(),
             device="modelled",
             shares_memory=False,
             supports=(),
+            step_prior=options.step_model,
         )
 
     async def __aenter__(self) -> ModelledEngine:
@@ -68,7 +69,7 @@ class ModelledEngine:
         await self._fate.live_on()
         await asyncio.sleep(self._options.step_model.seconds(work_of(step.slices)))
         await self._fate.live_on()
-        return [_TOKEN if part.sampling else None for part in step.slices]
+        return [TOKEN if part.sampling else None for part in step.slices]
 
     async def decode(self, step: Step, steps: int) -> list[list[Token]]:
         await self._fate.live_on()
@@ -81,7 +82,7 @@ class ModelledEngine:
             span, self._span, self._is_interrupted = self._span, None, False
             span.cancel()
         await self._fate.live_on()
-        made = [_TOKEN] * span.steps
+        made = [TOKEN] * span.steps
         return [made] * len(step.slices)
 
     def interrupt(self) -> None:

@@ -28,6 +28,8 @@ class Weather:
 
     def fate(self, rng: Random, source: str, destination: str) -> list[float]:
         """Delays of the copies that arrive."""
+        if not (self.drop or self.repeat or self.jitter_s):
+            return [self.delay_s]
         if self.only and not any({source.split("-")[0], destination.split("-")[0]} == set(pair) for pair in self.only):
             return [self.delay_s]
         copies = 0 if rng.random() < self.drop else 2 if rng.random() < self.repeat else 1

@@ -116,7 +116,7 @@ class Processes:
         await ready.wait()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for process in self._living.values():
             process.who.fate.thaw()
             process.leave.set()
@@ -124,7 +124,7 @@ class Processes:
         if tasks:
             await asyncio.wait(tasks)
         self._closing.set()
-        await self._group.__aexit__(kind, error, None)
+        await self._group.__aexit__(None, None, None)  # with an error of the block it would wrap that in a group
 
     @property
     def living(self) -> dict[str, Process]:

@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.fabric import Fabric
 from penstock.sim.network import Link, Network
+
+Floats = NDArray[np.float64]
 
 LOCAL_S = 5e-6  # to move nothing between workers on one device
 
@@ -32,6 +37,7 @@ class Wiring:
         self._fabric = fabric
         self._network = network
         self._places: dict[str, tuple[str, ...]] = {}
+        self._worker_at: dict[str, str] = {}  # by its first device
         self._bundles: dict[int, Link] = {}  # by the number of each link in the fabric
         self._routes: dict[tuple[tuple[str, ...], tuple[str, ...]], Route] = {}
 
@@ -40,6 +46,7 @@ class Wiring:
         for device in devices:
             self._fabric.vertex(device)
         self._places[worker] = devices
+        self._worker_at[devices[0]] = worker
 
     def route(self, source: str, target: str) -> Route:
         """From one worker to another."""
@@ -47,6 +54,12 @@ class Wiring:
         if (known := self._routes.get(key)) is None:
             known = self._routes[key] = self._find(*key)
         return known
+
+    def prices(self, source: str, targets: Sequence[str]) -> tuple[Floats, Floats]:
+        """What routers ask: seconds to start and seconds per byte between idle workers, named by their devices."""
+        routes = [self.route(self._worker_at[source], self._worker_at[target]) for target in targets]
+        byte_s = [1 / route.bytes_per_s if route.links else 0.0 for route in routes]
+        return np.array([route.latency_s for route in routes]), np.array(byte_s)
 
     def _find(self, sources: Sequence[str], targets: Sequence[str]) -> Route:
         ranks = max(len(sources), len(targets))

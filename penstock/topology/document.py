@@ -79,6 +79,14 @@ class Field:
             raise self.wrong(f"{text!r} is not known{suggestion(text, known)}: there is {', '.join(known)}")
         return text
 
+    def has(self, name: str) -> bool:
+        """Whether it has fields, one of that name among them."""
+        return isinstance(self.node, yaml.MappingNode) and any(key.value == name for key, _ in self.node.value)
+
+    def is_single(self) -> bool:
+        """A text, a number or the like: neither fields nor a list."""
+        return isinstance(self.node, yaml.ScalarNode)
+
     def flag(self) -> bool:
         if self.node.tag != "tag:yaml.org,2002:bool":
             raise self.wrong(f"needs true or false, not {_describe(self.node)}")
@@ -91,6 +99,13 @@ class Field:
         if not least <= number <= most:
             raise self.wrong(f"{number} is not between {least} and {most}")
         return number
+
+    def amount(self) -> float:
+        """A number of at least 0, which may be written as 2.5e-8."""
+        text = str(self.node.value)
+        if not self.is_single() or not re.fullmatch(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?", text):
+            raise self.wrong(f"needs a number of at least 0, such as 2.5e-8, not {_describe(self.node)}")
+        return float(text)
 
     def ratio(self) -> float:
         """A number above 0, written as such or as in 4:1."""
@@ -121,25 +136,30 @@ class Field:
         return field
 
 
-def read(path: Path) -> Field:
-    """The whole of a file."""
+def read(path: Path, remedy: str) -> Field:
+    """The whole of a file. `remedy` says what to write into an empty one."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadTopology(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadTopology(f"{path}: not a text file: {error.reason} at byte {error.start}") from None
+    return parse(text, str(path), remedy)
+
+
+def parse(text: str, file: str, remedy: str) -> Field:
+    """The same of a text, which messages call `file`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        raise BadTopology(f"{path}:{_line(error)}: not YAML: {error.problem}") from None
+        raise BadTopology(f"{file}:{_line(error)}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise BadTopology(f"{path}: not YAML: {error}") from None
+        raise BadTopology(f"{file}: not YAML: {error}") from None
     except RecursionError:
-        raise BadTopology(f"{path}: too many fields inside fields") from None
+        raise BadTopology(f"{file}: too many fields inside fields") from None
     if node is None:
-        raise BadTopology(f"{path}:1: the file is empty; write `holds:` and what the cluster holds")
-    return Field(str(path), (), node)
+        raise BadTopology(f"{file}:1: the file is empty; {remedy}")
+    return Field(file, (), node)
 
 
 def _line(error: yaml.MarkedYAMLError) -> int:

@@ -56,7 +56,7 @@ NODES = (*MEMBER, "preset", *PARTS, "gpu", "cpu", "nvlink", *WIRES)
 RACKS = (*MEMBER, "preset", *UPLINK)
 FAT_TREE = ("holds", "tiers")
 TIER = ("kind", "count", "oversubscription", "latency")
-DEVICE = ("model", "memory", "memory_bandwidth", "bf16", "fp8", "fp4")
+DEVICE = ("model", "memory", "memory_bandwidth", "bf16", "fp8", "fp4", "fp32")
 WIRE = ("bandwidth", "latency")
 LINK = ("between", "medium", "bandwidth", "latency")
 OVERRIDE = ("medium", "bandwidth", "up", "down", "latency")
@@ -77,25 +77,31 @@ class FileTopology:
         self._path = options.path
 
     def load(self) -> Fabric:
-        top = read(self._path)
-        fields = top.fields(TOP)
-        assembly = assemble(_cluster(top, fields), fields["name"].name() if "name" in fields else ROOT)
-        vertices, links = assembly.vertices, assembly.links
-        for pattern, (key, change) in fields["overrides"].entries().items() if "overrides" in fields else ():
-            matches = _matches(vertices, pattern, key)
-            if change.is_text(GONE):
-                vertices, links = _without(vertices, links, matches)
-            else:
-                links = _changed(links, matches, change)
-        for item in fields["links"].items() if "links" in fields else ():
-            links = [*links, *_across(vertices, links, item)]
-        try:
-            return Fabric(vertices, links)
-        except BadTopology as error:
-            raise top.wrong(str(error)) from None
+        return fabric_of(read(self._path, "write `holds:` and what the cluster holds"))
 
 
 TOPOLOGY = FileTopology
+
+
+def fabric_of(top: Field) -> Fabric:
+    """The fabric that a field describes: as a whole file does, or as one member of `holds` alone."""
+    if top.has("preset") or top.has("kind"):
+        return assemble((_member(top),)).fabric()
+    fields = top.fields(TOP)
+    assembly = assemble(_cluster(top, fields), fields["name"].name() if "name" in fields else ROOT)
+    vertices, links = assembly.vertices, assembly.links
+    for pattern, (key, change) in fields["overrides"].entries().items() if "overrides" in fields else ():
+        matches = _matches(vertices, pattern, key)
+        if change.is_text(GONE):
+            vertices, links = _without(vertices, links, matches)
+        else:
+            links = _changed(links, matches, change)
+    for item in fields["links"].items() if "links" in fields else ():
+        links = [*links, *_across(vertices, links, item)]
+    try:
+        return Fabric(vertices, links)
+    except BadTopology as error:
+        raise top.wrong(str(error)) from None
 
 
 # What the cluster holds
@@ -246,6 +252,7 @@ def _device(field: Field | None, device: Device) -> Device:
         fields["bf16"].quantity("compute") if "bf16" in fields else device.bf16_flops_per_s,
         fields["fp8"].quantity("compute") if "fp8" in fields else device.fp8_flops_per_s,
         fields["fp4"].quantity("compute") if "fp4" in fields else device.fp4_flops_per_s,
+        fields["fp32"].quantity("compute") if "fp32" in fields else device.fp32_flops_per_s,
     )
 
 

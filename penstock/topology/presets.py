@@ -3,7 +3,7 @@
 Rates are what one large transfer gets in one direction, not what the vendor prints beside the plug, which a comment
 says. Latencies are what a program sees, software included, shared out among the links of its path. Memory and
 arithmetic are the vendors' peaks for dense matrices [R]; what share of them a model reaches is the latency model's
-business. Where a figure is from:
+business. Those of GPUs are in `penstock.devices`. Where a figure is from:
 
     [M] measured, in public data    [V] read in a vendor's or project's own source
     [R] recalled from vendors' sheets, or typical of such machines: measure where it matters
@@ -14,12 +14,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from penstock.devices import A100, B200, GB200, GIB, H20, H100, H200
 from penstock.fabric import Device
 
 GB = 1e9
-GIB = 2.0**30
-TB = 1e12
-TF = 1e12  # operations per second
 US = 1e-6
 
 SWITCH_S = 0.2 * US  # one more switch on the way: 0.2 us a hop [R]
@@ -61,14 +59,6 @@ TCP_BYTES_PER_S = 6 * GB  # 3 to 10 on 100 to 200 Gb/s, bound by the hosts' CPUs
 TCP_SHARE = 0.94  # of the line rate, where that is less: what headers leave
 TCP_S = 12 * US  # 20 to 50 us a path [R]
 TCP = Wire("tcp", TCP_BYTES_PER_S, TCP_S)
-
-# Memory as drivers count it: what vendors print as 80 GB is 80 GiB [V].
-A100 = Device("a100_sxm", 80 * GIB, 2.04 * TB, 312 * TF)
-H100 = Device("h100_sxm", 80 * GIB, 3.35 * TB, 989 * TF, 1979 * TF)
-H200 = Device("h200_sxm", 141 * GIB, 4.8 * TB, 989 * TF, 1979 * TF)
-H20 = Device("h20_sxm", 96 * GIB, 4.0 * TB, 148 * TF, 296 * TF)
-B200 = Device("b200_sxm", 180 * GIB, 8 * TB, 2250 * TF, 4500 * TF, 9000 * TF)
-GB200 = Device("gb200", 186 * GIB, 8 * TB, 2500 * TF, 5000 * TF, 10000 * TF)  # 72 of them have "13.4 TB"
 
 # One socket each. What a CPU computes depends on the model and the threads: unknown, `penstock profile` measures it.
 MILAN = Device("epyc_7003", 1024 * GIB, DDR4.bytes_per_s)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from penstock.errors import MissingExtra, SetupError, UnsupportedModel
 from penstock.policy.latency.algebra import solve_nonnegative
-from penstock.policy.latency.device import DEVICES, cpu
+from penstock.policy.latency.device import HOST_S, RANKS, cpu
 from penstock.policy.latency.fit import Line, OnlineFit, believe, fit_line
 from penstock.policy.latency.roofline import Roofline
 from penstock.policy.latency.shape import MODELS, Experts, ModelShape, shape_of
-from penstock.policy.latency.silicon import HOST_S, Silicon
+from penstock.policy.latency.silicon import Silicon
 from penstock.policy.latency.steps import (
     UNKNOWN,
     Mix,
@@ -439,14 +439,14 @@ TABLES = (
 def test_the_roofline_comes_near_measured_tables(
     model: str, device: str, gpus: int, mix: Mix, kernels_ms: float
 ) -> None:
-    roofline = Roofline(MODELS[model], DEVICES[device], gpus)
-    assert (roofline.step_s(mix) - DEVICES[device].host_s) * 1e3 == pytest.approx(kernels_ms, rel=0.22)
+    roofline = Roofline(MODELS[model], RANKS[device], gpus)
+    assert (roofline.step_s(mix) - RANKS[device].host_s) * 1e3 == pytest.approx(kernels_ms, rel=0.22)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_more_takes_longer_and_more_gpus_less(model: str) -> None:
     def step_s(mix: Mix, gpus: int = 8) -> float:
-        return Roofline(MODELS[model], DEVICES["H200"], gpus).step_s(mix)
+        return Roofline(MODELS[model], RANKS["H200"], gpus).step_s(mix)
 
     assert step_s(Mix()) == 0
     assert step_s(Mix(512)) < step_s(Mix(512, 4096)) < step_s(Mix(1024, 4096)) < step_s(Mix(1024, 4096, 8, 4096))
@@ -459,13 +459,13 @@ def test_a_window_bounds_attention() -> None:
     windowed = msgspec.structs.replace(whole, window=1024, windowed_layers=32)
     for mix in (Mix(512, 16_384), Mix(0, 0, 64, 16_384)):
         near = msgspec.structs.replace(windowed, window=100_000)
-        seconds = [Roofline(shape, DEVICES["H100"]).step_s(mix) for shape in (windowed, near, whole)]
+        seconds = [Roofline(shape, RANKS["H100"]).step_s(mix) for shape in (windowed, near, whole)]
         assert seconds[0] < seconds[1] == pytest.approx(seconds[2])
-    assert Roofline(windowed, DEVICES["H100"]).step_s(Mix(512)) == Roofline(whole, DEVICES["H100"]).step_s(Mix(512))
+    assert Roofline(windowed, RANKS["H100"]).step_s(Mix(512)) == Roofline(whole, RANKS["H100"]).step_s(Mix(512))
 
 
 def test_a_latent_is_read_by_every_gpu() -> None:
-    one, eight = (Roofline(MODELS["DeepSeek-V3"], DEVICES["H200"], gpus) for gpus in (1, 8))
+    one, eight = (Roofline(MODELS["DeepSeek-V3"], RANKS["H200"], gpus) for gpus in (1, 8))
     deep, shallow = Mix(0, 0, 64, 30_000), Mix(0, 0, 64, 1)
     more = [roofline.step_s(deep) - roofline.step_s(shallow) for roofline in (one, eight)]
     assert more[1] > 0.5 * more[0]
@@ -473,7 +473,7 @@ def test_a_latent_is_read_by_every_gpu() -> None:
 
 @pytest.mark.parametrize(("model", "gpus"), [("Llama-3-8B", 1), ("Llama-3-70B", 8), ("Qwen3-30B-A3B", 1)])
 def test_a_prior_resembles_its_roofline(model: str, gpus: int) -> None:
-    roofline = Roofline(MODELS[model], DEVICES["H100"], gpus)
+    roofline = Roofline(MODELS[model], RANKS["H100"], gpus)
     prior = roofline.prior()
     off = sorted(abs(prior.seconds(mix.work) / roofline.step_s(mix) - 1) for mix in typical_mixes())
     assert off[len(off) // 2] < 0.05
@@ -555,7 +555,7 @@ def test_measured_tables() -> None:
     pytest.importorskip("aiconfigurator_core")
     silicon = Silicon("meta-llama/Meta-Llama-3.1-8B", "h100_sxm")
     for mix in (Mix(2048), Mix(0, 0, 32, 1024), Mix(512, 4096, 32, 2000)):
-        expected_s = Roofline(MODELS["Llama-3-8B"], DEVICES["H100"]).step_s(mix)
+        expected_s = Roofline(MODELS["Llama-3-8B"], RANKS["H100"]).step_s(mix)
         assert silicon.step_s(mix) == pytest.approx(expected_s, rel=0.2)
     prior = silicon.prior()
     off = sorted(abs(prior.seconds(mix.work) / silicon.step_s(mix) - 1) for mix in typical_mixes())

@@ -11,9 +11,9 @@ from penstock.blocks import KvLayout, Region
 from penstock.cluster import Member, Role, Standing
 from penstock.discovery.memory import MemoryDiscovery
 from penstock.engine.api import Engine
-from penstock.policy.routing import Ask, Choice, Facts
+from penstock.policy.routing.api import Ask, Choice, Fleet, Route
 from penstock.request import Finish, Request, Sampling, Token
-from penstock.serve.router import Policy, Router
+from penstock.serve.router import Router
 from penstock.serve.rpc import Endpoint
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.tokens import pack
@@ -24,23 +24,23 @@ from penstock.wire.memory import MemoryNetwork
 MODEL = "m"
 
 
-def through(prefill: str, decode: str) -> Policy:
+def through(prefill: str, decode: str) -> Route:
     """A policy that always chooses this pair."""
 
-    def choose(ask: Ask, fleet: object, rng: Random) -> Choice:
+    def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
         return Choice(decode, () if prefill == decode else (prefill,), 0.0, -1.0, "by test")
 
-    return choose
+    return route
 
 
-def by_turns(*policies: Policy) -> Policy:
+def by_turns(*policies: Route) -> Route:
     """One policy after the other, request by request."""
     turn = iter(range(1 << 30))
 
-    def choose(ask: Ask, fleet: list[Facts], rng: Random) -> Choice:
-        return policies[next(turn) % len(policies)](ask, fleet, rng)
+    def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
+        return policies[next(turn) % len(policies)](now, ask, fleet, rng)
 
-    return choose  # type: ignore[return-value]
+    return route
 
 
 class _WatchedTransport(MemoryTransport):
@@ -91,7 +91,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    engines: Mapping[str, tuple[Role, Engine]], policy: Policy, options: WorkerOptions, kv_blocks: int
+    engines: Mapping[str, tuple[Role, Engine]], policy: Route, options: WorkerOptions, kv_blocks: int
 ) -> AsyncIterator[Cluster]:
     """One worker for each engine. `options` apply to all, names and addresses are made here."""
     network, hub, discovery = MemoryNetwork(), MemoryHub(), MemoryDiscovery(ttl_s=3600)

@@ -387,7 +387,8 @@ def test_seeded_sampling_is_the_same_whoever_serves_it() -> None:
     async def story() -> list[Answer]:
         async with World(seed=1, shape=Shape(prefill=0, decode=0, either=2)) as world:
             prompt = list(range(300, 400))
-            return [await world.ask(prompt, max_tokens=30, seed=7) for _ in range(6)]
+            # At the same time: one after the other they would all follow the cached prompt to one worker.
+            return await asyncio.gather(*(world.ask(prompt, max_tokens=30, seed=7) for _ in range(6)))
 
     answers = run_virtual(story())
     assert all(answer.is_whole for answer in answers)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.policy.latency.device import Device
+from penstock.policy.latency.device import Rank
 from penstock.policy.latency.shape import ModelShape
 from penstock.policy.latency.steps import Mix, StepModel, chosen_share, prior_of
 
@@ -40,10 +40,10 @@ ACTIVATION_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """`model` on `gpus` devices with tensor parallelism."""
+    """`model` on `gpus` devices with tensor parallelism, each of them like `rank`."""
 
     model: ModelShape
-    device: Device
+    rank: Rank
     gpus: int = 1
 
     def step_s(self, mix: Mix) -> float:
@@ -52,7 +52,7 @@ class Roofline:
         if tokens == 0:
             return 0.0
         return (
-            self.device.host_s
+            self.rank.host_s
             + self._kernels_s
             + self._products_s(tokens, sampled=mix.sequences + (mix.tokens > 0))
             + self._experts_s(tokens)
@@ -70,7 +70,7 @@ class Roofline:
         """Starting them, whatever they do. Experts are chosen and called by some more, latents by many more."""
         model = self.model
         batches = model.layers * (5 if model.latents else 1) + (model.experts.layers if model.experts else 0)
-        return batches * self.device.layer_s
+        return batches * self.rank.layer_s
 
     def _products_s(self, tokens: int, sampled: int) -> float:
         model = self.model
@@ -115,33 +115,28 @@ class Roofline:
         experts = model.experts
         ffn = experts.active * experts.ffn + experts.shared_ffn if experts else model.ffn
         elements = tokens * model.layers * (8 * model.hidden + 3 * ffn / self.gpus)
-        return elements * ACTIVATION_BYTES / (self.device.memory_bytes_per_s * WEIGHTS)
+        return elements * ACTIVATION_BYTES / (self.rank.memory_bytes_per_s * WEIGHTS)
 
     def _links_s(self, tokens: int) -> float:
         """Of an all-reduce among g GPUs, 2 (g - 1) / g of the result passes each link."""
         if self.gpus == 1:
             return 0.0
         passing = 2 * (self.gpus - 1) / self.gpus * tokens * self.model.hidden * ACTIVATION_BYTES
-        return 2 * self.model.layers * (ALL_REDUCE_S + passing / self.device.link_bytes_per_s)
-
-    @property
-    def _kv_copies(self) -> float:
-        """How many times all GPUs together read what is held once: by each if it is a latent, or has too few heads."""
-        return max(1.0, self.gpus / (1 if self.model.latents else self.model.kv_heads))
+        return 2 * self.model.layers * (ALL_REDUCE_S + passing / self.rank.link_bytes_per_s)
 
     def _weighted_s(self, flops: float, of_peak: float, read_bytes: float) -> float:
         """Products against weights, shared evenly by all GPUs."""
-        return self._bound_s(flops, self.device.peak_flops_per_s(self.model.dtype) * of_peak, read_bytes, WEIGHTS)
+        return self._bound_s(flops, self.rank.peak_flops_per_s(self.model.dtype) * of_peak, read_bytes, WEIGHTS)
 
     def _attended_s(self, flops: float, read_bytes: float) -> float:
         """Heads are shared evenly, bytes of KV as far as they can be. Nobody attends in fewer than 16 bits."""
         dtype = "bfloat16" if self.model.dtype == "fp8" else self.model.dtype
-        peak = self.device.peak_flops_per_s(dtype) * ATTENTION
-        return self._bound_s(flops, peak, read_bytes * self._kv_copies, KV_READS)
+        peak = self.rank.peak_flops_per_s(dtype) * ATTENTION
+        return self._bound_s(flops, peak, read_bytes * self.model.kv_copies(self.gpus), KV_READS)
 
     def _bound_s(self, flops: float, flops_per_s: float, read_bytes: float, of_bandwidth: float) -> float:
         arithmetic_s = flops / (self.gpus * flops_per_s)
-        memory_s = read_bytes / (self.gpus * self.device.memory_bytes_per_s * of_bandwidth)
+        memory_s = read_bytes / (self.gpus * self.rank.memory_bytes_per_s * of_bandwidth)
         return _either(arithmetic_s, memory_s)
 
 

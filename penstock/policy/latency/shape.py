@@ -81,6 +81,10 @@ class ModelShape(msgspec.Struct, frozen=True):
         kept = (self.layers - self.windowed_layers) * tokens + self.windowed_layers * min(tokens, self.window)
         return kept * self.kv_layer_bytes
 
+    def kv_copies(self, gpus: int) -> float:
+        """How many times `gpus` together hold and read KV: each has it all if it is a latent, or has too few heads."""
+        return max(1.0, gpus / (1 if self.latents else self.kv_heads))
+
     @property
     def attention_parameters(self) -> int:
         """Of the projections in one layer."""
@@ -121,6 +125,12 @@ class ModelShape(msgspec.Struct, frozen=True):
     def parameters(self) -> int:
         embeddings = self.head_parameters * (1 if self.is_tied else 2)
         return self.dense_parameters + (self.experts.count * self.expert_parameters if self.experts else 0) + embeddings
+
+    @property
+    def weights_bytes(self) -> float:
+        """Of all weights, held once."""
+        experts = self.experts.count * self.expert_parameters if self.experts else 0
+        return (self.parameters - experts) * self.weight_bytes + experts * self.expert_bytes
 
     @property
     def expert_share(self) -> float:

@@ -13,11 +13,10 @@ from importlib import import_module
 from typing import Any
 
 from penstock.errors import MissingExtra, SetupError
-from penstock.policy.latency.device import DEVICES
+from penstock.policy.latency.device import HOST_S
 from penstock.policy.latency.steps import Mix, StepModel, prior_of
 
 DOUBT = 0.2  # kernels were measured, alone and at other sizes
-HOST_S = DEVICES["H100"].host_s
 
 
 class Silicon:

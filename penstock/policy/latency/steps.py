@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from penstock.cluster import StepPrices
 from penstock.policy.latency.fit import MEMORY, Estimate, Line, OnlineFit, believe, fit_line
 
 FREE_TOKENS = (0, 32, 64, 128, 192, 256, 384, 512, 1024, 2048)  # what a fit tries
@@ -80,6 +81,16 @@ class StepModel(msgspec.Struct, frozen=True):
     line: Line
     free_tokens: int = 0
     expert_share: float = 0.0
+
+    @classmethod
+    def of(cls, told: StepPrices) -> StepModel:
+        """The model of a worker that reports these prices, taken at their word."""
+        return cls(Line(told.prices, ()), told.free_tokens, told.expert_share)
+
+    @property
+    def prices(self) -> StepPrices:
+        """What a worker reports of it."""
+        return StepPrices(self.line.prices, self.free_tokens, self.expert_share)
 
     def seconds(self, work: Work) -> float:
         """Never falls when work is added."""

@@ -18,7 +18,10 @@ from hashlib import blake2b
 from heapq import merge
 from itertools import islice, takewhile
 
+from penstock.tokens import TOKEN_BYTES
+
 BLOCK_TOKENS = 512
+SPELLED_BLOCKS = 16_384  # whose text is kept at hand: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,10 @@ class Workload:
         """Only the first so many."""
         return Workload(lambda: islice(self, sessions))
 
+    def of_requests(self, requests: int) -> Workload:
+        """Only so many turns, counted by session: the last session may be cut."""
+        return Workload(lambda: _first_requests(self, requests))
+
     def truncated(self, prompt_tokens: int, output_tokens: int) -> Workload:
         """At most so many tokens per request. First prompts are cut; a session ends where a later one would not fit."""
         return self._each(lambda session: replace(session, turns=_cut(session.turns, prompt_tokens, output_tokens)))
@@ -104,6 +111,14 @@ def _in_turn(parts: Iterable[Workload], gap_s: float) -> Iterator[Session]:
             end_s = session.start_s
             yield session
         begin_s = end_s + gap_s
+
+
+def _first_requests(sessions: Iterable[Session], requests: int) -> Iterator[Session]:
+    for session in sessions:
+        yield session if len(session.turns) <= requests else replace(session, turns=session.turns[:requests])
+        requests -= len(session.turns)
+        if requests <= 0:
+            return
 
 
 def _cut(turns: Iterable[Turn], prompt_tokens: int, output_tokens: int) -> tuple[Turn, ...]:
@@ -149,42 +164,49 @@ class BlockSupply:
         return taken
 
 
-def spell(blocks: Sequence[int], tokens: int) -> list[int]:
-    """The text of `blocks`, cut to `tokens`: the 8 bytes of each id, 64 times.
+def spell(blocks: Sequence[int], tokens: int) -> bytes:
+    """The text of `blocks`, cut to `tokens`, packed as in `penstock.tokens`: the 8 bytes of each id, 64 times.
 
     So unequal blocks differ in every 8 tokens, and token ids are below 256, which every vocabulary has.
     """
-    return list(b"".join([block.to_bytes(8, "little") * (BLOCK_TOKENS // 8) for block in blocks])[:tokens])
+    return b"".join(map(_spell_block, blocks))[: tokens * TOKEN_BYTES]
+
+
+@lru_cache(maxsize=SPELLED_BLOCKS)
+def _spell_block(block: int) -> bytes:
+    tokens = bytearray(8 * TOKEN_BYTES)
+    tokens[::TOKEN_BYTES] = block.to_bytes(8, "little")  # the lowest byte of each token
+    return bytes(tokens) * (BLOCK_TOKENS // 8)
 
 
 class Conversation:
     """What was said and answered so far in one session. Keeps names of blocks and answers, not the whole text."""
 
     def __init__(self) -> None:
-        self._parts: list[Turn | Sequence[int]] = []
+        self._parts: list[Turn | bytes] = []
 
-    def say(self, turn: Turn) -> list[int]:
-        """The whole prompt of `turn`, which comes next."""
+    def say(self, turn: Turn) -> bytes:
+        """The whole prompt of `turn`, which comes next; packed tokens."""
         self._parts.append(turn)
-        prompt: list[int] = []
-        for part in self._parts:
-            prompt += spell(part.blocks, part.tokens) if isinstance(part, Turn) else part
-        return prompt
+        if len(self._parts) == 1:
+            return spell(turn.blocks, turn.tokens)
+        return b"".join([part if isinstance(part, bytes) else spell(part.blocks, part.tokens) for part in self._parts])
 
-    def hear(self, answer: Sequence[int]) -> None:
+    def hear(self, answer: bytes) -> None:
+        """Packed tokens."""
         self._parts.append(answer)
 
 
 # Playing
 
-Ask = Callable[[Session, Turn, list[int]], Awaitable[Sequence[int] | None]]
+Ask = Callable[[Session, Turn, bytes], Awaitable[bytes | None]]
 
 
 async def play(workload: Iterable[Session], ask: Ask) -> None:
     """Asks everything in its time, counted from now on, and returns when the last answer is there.
 
-    `ask` gets the session, the turn and its prompt, and returns the answer; None if there is none, which ends the
-    session. What it raises ends everything.
+    `ask` gets the session, the turn and its prompt, and returns the answer, both as packed tokens; None if there is no
+    answer, which ends the session. What it raises ends everything.
     """
     loop = asyncio.get_running_loop()
     begun_s = loop.time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 
 import pytest
@@ -26,6 +26,8 @@ from penstock.sim.workloads.workload import (
     play,
     spell,
 )
+from penstock.tokens import count as count_tokens
+from penstock.tokens import pack, unpack
 
 
 def asks(*starts_s: float, name: str = "s", first_block: int = 0) -> Workload:
@@ -87,6 +89,13 @@ def test_prefixes_stay_shared_inside_what_is_set_apart() -> None:
     assert first.turns[0].blocks[0] == second.turns[0].blocks[0]
 
 
+def test_of_requests_counts_turns_and_cuts_the_last_session() -> None:
+    chat = Workload(lambda: iter([Session(name, 0, (Turn(9, [1], 1),) * 3) for name in "abc"]))
+    assert [len(session.turns) for session in chat.of_requests(4)] == [3, 1]
+    assert [len(session.turns) for session in chat.of_requests(6)] == [3, 3]
+    assert len(list(endless().of_requests(2))) == 2
+
+
 def test_truncated_cuts_first_prompts_and_ends_sessions_that_outgrow_it() -> None:
     long = Session("long", 0, (Turn(2_000, [1, 2, 3, 4], 900),))
     chat = Session("chat", 0, (Turn(600, [5, 6], 300), Turn(100, [7], 300), Turn(200, [8], 300)))
@@ -104,8 +113,9 @@ def test_tenants() -> None:
 
 def test_a_block_is_512_tokens_that_any_vocabulary_has() -> None:
     text = spell([3, 2**63 - 1], 1_000)
-    assert len(text) == 1_000 and max(text) < 256
-    assert text == spell([3, 2**63 - 1, 5], 1_536)[:1_000]
+    assert count_tokens(text) == 1_000 and max(unpack(text)) < 256
+    assert text == spell([3, 2**63 - 1, 5], 1_536)[: len(text)]
+    assert list(unpack(text)[:8]) == [3, 0, 0, 0, 0, 0, 0, 0] and unpack(text)[512] == 255
 
 
 block_ids = st.integers(0, 2**63 - 1)
@@ -130,22 +140,23 @@ def test_invented_blocks_are_nobody_elses() -> None:
 def test_a_prompt_is_all_that_was_said_and_answered_before() -> None:
     conversation = Conversation()
     first = conversation.say(Turn(600, [1, 2], 3))
-    conversation.hear([900, 901, 902])
+    conversation.hear(pack([900, 901, 902]))
     second = conversation.say(Turn(10, [4], 3))
     assert first == spell([1, 2], 600)
-    assert second == [*first, 900, 901, 902, *spell([4], 10)]
+    assert second == first + pack([900, 901, 902]) + spell([4], 10)
 
 
 # Playing
 
 Log = list[tuple[float, str, int]]
+ONE_TOKEN = pack([1])
 
 
-def player(log: Log, takes_s: float = 1.0, answers: Callable[[Session], list[int] | None] = lambda _: [1]) -> Ask:
+def player(log: Log, takes_s: float = 1.0, answers: Callable[[Session], bytes | None] = lambda _: ONE_TOKEN) -> Ask:
     """Answers after `takes_s`, and writes down (time, session, length of the prompt)."""
 
-    async def ask(session: Session, turn: Turn, prompt: list[int]) -> Sequence[int] | None:
-        log.append((clock.now(), session.id, len(prompt)))
+    async def ask(session: Session, turn: Turn, prompt: bytes) -> bytes | None:
+        log.append((clock.now(), session.id, count_tokens(prompt)))
         await asyncio.sleep(takes_s)
         return answers(session)
 
@@ -179,7 +190,7 @@ def test_play_begins_when_it_is_called_and_returns_with_the_last_answer() -> Non
 
 def test_a_session_without_an_answer_ends() -> None:
     log: Log = []
-    run_virtual(play(Workload(chats), player(log, answers=lambda session: None if session.id == "a" else [1])))
+    run_virtual(play(Workload(chats), player(log, answers=lambda session: None if session.id == "a" else ONE_TOKEN)))
     assert [name for _, name, _ in log] == ["a", "b"]
 
 

@@ -1,0 +1,171 @@
+"""A roster: columns that follow reports and bookings, who may be chosen, and what is believed to be cached."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import msgspec
+import pytest
+
+from penstock.errors import NoWorker
+from penstock.policy.routing.api import Choice, Fleet, Indices
+from penstock.policy.routing.p_token import route
+from penstock.policy.routing.roster import PRIOR_STEP_S, Roster
+from penstock.request import Request, Sampling
+from penstock.tokens import pack
+from tests.policy.routing.fleets import LAYOUT, Worker, fleet_of, roster_of
+
+P = Worker("p", "prefill")
+D = Worker("d", "decode")
+HERE = Choice("d", (), 0.0)
+PAIR = Choice("d", ("p",), 0.0)
+PROMPT = pack(range(640))
+
+
+def request(name: str = "r", prompt: bytes = PROMPT, salt: str = "") -> Request:
+    return Request(name, "m", prompt, Sampling(max_tokens=64), salt=salt)
+
+
+def book(roster: Roster, choice: Choice, asked: Request) -> None:
+    ask, hashes = roster.ask(asked)
+    roster.book(asked.id, ask, hashes, choice)
+
+
+def update(roster: Roster, *workers: Worker) -> None:
+    roster.update({worker.name: worker.standing for worker in workers})
+
+
+def chosen(fleet: Fleet, positions: Indices) -> list[str]:
+    return [fleet.names[int(position)] for position in positions]
+
+
+def cached(roster: Roster, asked: Request) -> list[float]:
+    found: list[float] = roster.ask(asked)[0].cached_tokens.tolist()
+    return found
+
+
+def test_load_is_what_was_reported_or_booked_whichever_is_more() -> None:
+    roster = roster_of([replace(P, queued=100, waiting=2), replace(D, running=1, used_blocks=500)])
+    book(roster, PAIR, request())
+    fleet = roster.fleet()
+    assert fleet.queued_tokens.tolist() == [640, 0]
+    assert fleet.prefills.tolist() == [2, 0]
+    assert fleet.streams.tolist() == [0, 1]
+    assert fleet.used_blocks.tolist() == [0, 500]
+    roster.ledger.prefilled("r")
+    assert roster.fleet().queued_tokens.tolist() == [100, 0]
+    update(roster, P, D)
+    assert roster.fleet().streams.tolist() == [0, 1]
+    roster.ledger.release("r")
+    assert roster.fleet().streams.tolist() == [0, 0]
+
+
+def test_a_newcomer_counts_as_average() -> None:
+    workers = [replace(D, tokens_per_s=1_000.0), replace(D, name="e", tokens_per_s=3_000.0), replace(D, name="new")]
+    fleet = fleet_of(workers)
+    assert fleet.prefill_tokens_per_s.tolist() == [1_000, 3_000, 2_000]
+    assert fleet.decode_step_s.tolist() == [PRIOR_STEP_S] * 3
+
+
+def test_roles_are_preferences() -> None:
+    fleet = fleet_of([P, D, Worker("a")])
+    assert (chosen(fleet, fleet.prefillers), chosen(fleet, fleet.decoders)) == (["p", "a"], ["d", "a"])
+    fleet = fleet_of([P])
+    assert (chosen(fleet, fleet.decoders), fleet.is_split) == (["p"], False)
+
+
+def test_a_prefill_worker_that_reaches_no_decoder_is_none() -> None:
+    fleet = fleet_of([replace(P, memory="far"), D])
+    assert (chosen(fleet, fleet.prefillers), fleet.is_split) == ([], False)
+    fleet = fleet_of([replace(P, memory="far", domain="net"), replace(D, domain="net")])
+    assert (chosen(fleet, fleet.prefillers), fleet.is_split) == (["p"], True)
+
+
+def test_the_draining_are_left_out() -> None:
+    roster = roster_of([P, replace(D, is_draining=True)])
+    assert roster.fleet().names == ["p"]
+    update(roster, replace(P, is_draining=True))
+    with pytest.raises(NoWorker, match="penstock worker --join"):
+        roster.fleet()
+
+
+def test_the_tried_are_out_and_the_avoided_come_last() -> None:
+    roster = roster_of([P, D, replace(D, name="e")])
+    fleet = roster.fleet(avoided=["d"])
+    assert chosen(fleet, fleet.decoders) == ["e"]
+    fleet = roster.fleet(tried=["e"], avoided=["d", "p"])
+    assert (chosen(fleet, fleet.decoders), chosen(fleet, fleet.prefillers)) == (["d"], ["p"])
+    fleet = roster.fleet()
+    assert chosen(fleet, fleet.decoders) == ["d", "e"]
+    with pytest.raises(NoWorker):
+        roster.fleet(tried=["p", "d", "e"])
+
+
+def test_a_masked_fleet_shows_the_load_of_now() -> None:
+    roster = roster_of([P, D, replace(D, name="e")])
+    assert roster.fleet(avoided=["e"]).streams.tolist() == [0, 0, 0]
+    book(roster, HERE, request())
+    assert roster.fleet(avoided=["e"]).streams.tolist() == [0, 1, 0]
+    update(roster, P, D, replace(D, name="e"), replace(D, name="f"))
+    fleet = roster.fleet(avoided=["e"])
+    assert chosen(fleet, fleet.decoders) == ["d", "f"]
+
+
+def test_a_prompt_is_believed_to_be_where_it_was_sent() -> None:
+    roster = roster_of([P, D])
+    book(roster, PAIR, request())
+    assert cached(roster, request("again")) == [
+        0,
+        576,
+    ]  # in place: in the decode worker's memory alone; all but one token
+    assert cached(roster, request("longer", pack(range(700)))) == [0, 640]
+    assert cached(roster, request("another tenant", salt="t")) == [0, 0]
+
+
+def test_a_prompt_that_is_moved_stays_with_both_and_its_bytes_are_booked() -> None:
+    roster = roster_of([replace(P, memory="far", domain="net"), replace(D, domain="net")])
+    book(roster, PAIR, request())
+    assert cached(roster, request("again")) == [576, 576]
+    fleet = roster.fleet()
+    assert fleet.outgoing_bytes.tolist() == [640 * LAYOUT.token_bytes, 0]
+    assert fleet.incoming_bytes.tolist() == [0, 640 * LAYOUT.token_bytes]
+    book(roster, PAIR, request("again"))
+    assert roster.fleet().incoming_bytes[1] == (640 + 64) * LAYOUT.token_bytes
+
+
+def test_a_restarted_worker_is_believed_to_hold_nothing() -> None:
+    roster = roster_of([P, D])
+    book(roster, HERE, request())
+    update(roster, P, replace(D, epoch=2))
+    assert cached(roster, request("again")) == [0, 0]
+
+
+def test_a_change_of_role_forgets_nothing() -> None:
+    roster = roster_of([P, D])
+    book(roster, HERE, request())
+    update(roster, P, replace(D, role="any"))
+    assert cached(roster, request("again")) == [0, 576]
+    assert roster.fleet().streams.tolist() == [0, 1]
+
+
+def test_blocks_of_different_sizes_are_told_apart_by_the_largest() -> None:
+    coarse = msgspec.structs.replace(LAYOUT, block_tokens=512)
+    standings = {worker.name: worker.standing for worker in (P, D)}
+    member = msgspec.structs.replace(standings["d"].member, layout=coarse)
+    standings["d"] = msgspec.structs.replace(standings["d"], member=member)
+    roster = Roster(None)
+    roster.update(standings)
+    assert not roster.fleet().is_split  # blocks of another shape cannot be written
+    book(roster, HERE, request())
+    assert cached(roster, request("again")) == [0, 512]
+
+
+def test_booked_load_spreads_requests_that_come_before_the_next_report() -> None:
+    workers = [Worker(f"w{number}") for number in range(8)]
+    roster, rng = roster_of(workers), Random(1)
+    for number in range(80):
+        asked = request(f"r{number}", pack(range(number, number + 640)))
+        ask, hashes = roster.ask(asked)
+        roster.book(asked.id, ask, hashes, route(0.0, ask, roster.fleet(), rng))
+    assert roster.fleet().streams.tolist() == [10] * 8
