@@ -64,12 +64,14 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
 class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the router decided. `prefill` lists whom the decode worker should call, best first; none: itself.
 
-    `prefill_wait_s` is how long the first of them was expected to be busy with others.
+    `prefill_wait_s` is how long the first of them was expected to be busy with others, and `prefill_cached_tokens` how
+    much of the prompt its own cache is believed to hold.
     """
 
     decode: str
     prefill: tuple[Hop, ...] = ()
     prefill_wait_s: float = 0.0
+    prefill_cached_tokens: int = 0
     why: str = ""
 
 

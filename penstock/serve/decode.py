@@ -209,10 +209,12 @@ class Decoder:
     def _is_worth_asking(self, sequence: Sequence, plan: Plan) -> bool:
         if sequence.finished.done():
             return False
-        uncached = len(sequence.run.tokens) - sequence.resident.cached_tokens()
-        return is_worth_asking(
-            uncached, self._stepper.running, self._stepper.pace.prefill_tokens_per_s, plan.prefill_wait_s
-        )
+        tokens = len(sequence.run.tokens)
+        here = there = tokens - sequence.resident.cached_tokens()
+        if not self._member.memory:  # a prefill worker cannot read what this cache holds
+            there = tokens - plan.prefill_cached_tokens
+        others = len(self._live) - 1
+        return is_worth_asking(here, there, others, self._stepper.pace.prefill_tokens_per_s, plan.prefill_wait_s)
 
     async def _prefill_at(self, sequence: Sequence, hop: Hop) -> bool:
         """True if `hop` did it and the sequence decodes; False if there is no room for its blocks. Raises else."""

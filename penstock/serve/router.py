@@ -128,7 +128,8 @@ class Router:
         choice = self._policy(clock.now(), ask, fleet, self._rng)
         roster.book(request.id, ask, hashes, choice)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
-        return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, choice.why)
+        cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
+        return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
 
     def prefilled(self, request: Request) -> None:
         """The first token came."""

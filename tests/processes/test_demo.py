@@ -75,7 +75,7 @@ def test_logprobs_are_the_same_whoever_prefilled() -> None:
             answer = await ask(server, "What is a lease?", before=EARLIER, logprobs=True)
             return logprobs(answer), timeline(answer)["path"]
 
-    disaggregated, path = run(story(), timeout_s=60)
+    disaggregated, path = run(story("--policy=p_token"), timeout_s=60)
     aggregated, local = run(story("--workers=1"), timeout_s=60)
     assert (path, local) == ("in-place", "local")
     assert max(abs(a - b) for a, b in zip(disaggregated, aggregated, strict=True)) == 0

@@ -77,10 +77,14 @@ def wait_s(fleet: Fleet) -> Floats:
     return fleet.queued_tokens / fleet.prefill_tokens_per_s
 
 
-def is_worth_asking(uncached_tokens: int, streams: int, own_tokens_per_s: float, wait_s: float) -> bool:
-    """Whether a decode worker that found part of a prompt in its cache should have the rest computed elsewhere."""
-    compute_s = uncached_tokens / (own_tokens_per_s or PRIOR_TOKENS_PER_S)
-    return wait_s + HANDOVER_S < (streams + 1) * compute_s
+def is_worth_asking(here_tokens: int, there_tokens: int, streams: int, own_tokens_per_s: float, wait_s: float) -> bool:
+    """Whether a decode worker that has looked into its cache should have a prompt computed elsewhere.
+
+    It would have to compute `here_tokens`, beside `streams` others; a prefill worker, taken to be as fast, would have
+    to compute `there_tokens` after `wait_s`. The prices are those of `alone_s` and `pairs_s`.
+    """
+    rate = own_tokens_per_s or PRIOR_TOKENS_PER_S
+    return wait_s + HANDOVER_S + there_tokens / rate < (streams + 2) * here_tokens / rate
 
 
 def _pair(fleet: Fleet, prefillers: Indices, decode: int, costs: Floats, itself_s: float, rng: Random) -> Choice:

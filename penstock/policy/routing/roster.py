@@ -87,6 +87,10 @@ class Roster:
         token_bytes = self._members[0].layout.token_bytes
         return Ask(number, request.prompt_tokens, request.sampling.max_tokens, token_bytes, cached), hashes
 
+    def cached_tokens(self, ask: Ask, worker: str) -> int:
+        """How much of the prompt `worker` is believed to hold."""
+        return int(ask.cached_tokens[self._columns[worker]])
+
     def book(self, request_id: str, ask: Ask, hashes: Sequence[int], choice: Choice) -> None:
         """`choice` is being carried out: its load is counted, and its prompt believed to be where it will be."""
         decode = self._columns[choice.decode]

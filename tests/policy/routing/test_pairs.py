@@ -107,7 +107,8 @@ def test_the_choice_is_the_cheapest_admissible_pair(workers: list[Worker], promp
 
 
 def test_a_decode_worker_keeps_what_its_cache_nearly_holds() -> None:
-    assert not is_worth_asking(uncached_tokens=1, streams=0, own_tokens_per_s=2_000, wait_s=0)
-    assert is_worth_asking(uncached_tokens=500, streams=0, own_tokens_per_s=2_000, wait_s=0)
-    assert not is_worth_asking(uncached_tokens=500, streams=0, own_tokens_per_s=2_000, wait_s=1)
-    assert is_worth_asking(uncached_tokens=500, streams=8, own_tokens_per_s=2_000, wait_s=1)
+    assert not is_worth_asking(1, 1, streams=0, own_tokens_per_s=2_000, wait_s=0)
+    assert is_worth_asking(500, 500, streams=0, own_tokens_per_s=2_000, wait_s=0)
+    assert not is_worth_asking(500, 500, streams=0, own_tokens_per_s=2_000, wait_s=1)
+    assert is_worth_asking(500, 500, streams=8, own_tokens_per_s=2_000, wait_s=1)
+    assert not is_worth_asking(500, 5_000, streams=0, own_tokens_per_s=2_000, wait_s=0)
