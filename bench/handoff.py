@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 from penstock.discovery.memory import MemoryDiscovery
 from penstock.launch.api import Job
 from penstock.launch.local import LocalLauncher
-from penstock.policy.routing import Choice
+from penstock.policy.routing.api import Choice
 from penstock.request import Request, Sampling, Timeline
 from penstock.serve.registry import Registry
 from penstock.serve.router import Router

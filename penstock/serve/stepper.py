@@ -29,7 +29,7 @@ from penstock.tokens import Tokens
 
 T = TypeVar("T")
 
-_PACE_STEPS = 16  # steps between two looks at what the fit has learned
+_PACE_OBSERVATIONS = 16  # between two looks at what the fit has learned
 _UNSURE = 0.5  # a rate that may be off by more than this part of it is not reported
 
 
@@ -92,7 +92,7 @@ class Stepper:
         self._limits = limits
         self._fit = fit
         self._free_s = 0.0  # when the engine was last done, or asked to begin
-        self._pace, self._pace_at_step = Pace(), -_PACE_STEPS
+        self._pace, self._pace_due = Pace(), 0  # known from so many observations on
         self._running: list[Run] = []  # by arrival
         self._waiting: list[Run] = []
         self._guests: list[Run] = []
@@ -105,8 +105,8 @@ class Stepper:
     @property
     def pace(self) -> Pace:
         """As learned from this worker's own steps, a few steps ago."""
-        if self.steps >= self._pace_at_step + _PACE_STEPS:
-            self._pace, self._pace_at_step = self._estimate(), self.steps
+        if self._fit.observations >= self._pace_due:
+            self._pace, self._pace_due = self._estimate(), self._fit.observations + _PACE_OBSERVATIONS
         return self._pace
 
     @property

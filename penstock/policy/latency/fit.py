@@ -147,6 +147,10 @@ class OnlineFit:
             self._solve()
 
     @property
+    def observations(self) -> int:
+        return self._observations
+
+    @property
     def line(self) -> Line:
         """What is believed now."""
         if self._unsolved:

@@ -129,6 +129,11 @@ class StepFit:
         self._fit.observe(self._prior.amounts(work), seconds)
 
     @property
+    def observations(self) -> int:
+        """How many it has learned from."""
+        return self._fit.observations
+
+    @property
     def model(self) -> StepModel:
         """What is believed now: to predict with, and to report."""
         return StepModel(self._fit.line, self._prior.free_tokens, self._prior.expert_share)
