@@ -1,8 +1,8 @@
 """How true the simulator is: models served for real on this machine, and the same traffic on virtual time.
 
 Two workers with one engine thread each, aggregated (both do both) and disaggregated (one prefills in the other's
-memory); this process is their frontend. The real workers first answer traffic at two rates, from which they learn what
-their steps take, and this process how long a message is under way. With that and nothing else the simulator plays
+memory); this process is their frontend. The real workers first answer traffic at three rates, from which they learn
+what their steps take, and this process how long a message is under way. With that alone the simulator plays
 other rates, and a burst that saturates. Rates are shares of what the simulator thinks saturates the workers after a
 warm-up. In each row the value is simulated and the reference real; an error is the distance of their ratio from one.
 """
@@ -47,7 +47,7 @@ from penstock.topology.build import PRESETS, build
 from penstock.wire.stream import StreamWire
 
 DEMO = Path(__file__).parents[1] / "penstock" / "models" / "demo"
-LEARNED_AT = (0.35, 0.7)  # of saturation
+LEARNED_AT = (0.35, 0.7, 1.3)  # of saturation; beyond it for the sake of large batches
 JUDGED_AT = (0.2, 0.5, 0.85)
 PING_S = 0.05
 REPORT_S = 0.5
@@ -103,12 +103,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        models = [Served("bundled, 2 M", str(DEMO), Shape(Spread(150, 0.8), Spread(40, 0.8)))]
+        models = [Served("2 M", str(DEMO), Shape(Spread(150, 0.8), Spread(40, 0.8)))]
         if not arguments.quick:
-            models.append(Served("Llama, 22 M", made(folder), Shape(Spread(400, 0.8), Spread(64, 0.8))))
+            models.append(Served("22 M", made(folder), Shape(Spread(400, 0.8), Spread(64, 0.8))))
         for served in models:
             for mode in MODES:
-                measured = asyncio.run(measure(served, mode, 3.0 if arguments.quick else 20.0))
+                measured = asyncio.run(measure(served, mode, 3.0 if arguments.quick else 12.0))
                 rows += judged(f"{served.name}, {mode}", measured)
     emit(rows, arguments.json)
 
@@ -144,9 +144,9 @@ async def measure(served: Served, mode: str, seconds: float) -> Measured:
         runs = []
         for seed, share in enumerate(JUDGED_AT, start=20):
             workload = traffic(served, share * full, seed, seconds)
-            runs.append(Run(f"{share:.2f} of saturation", workload, await fleet.play(workload)))
+            runs.append(Run(f"at {share:.2f}", workload, await fleet.play(workload)))
         burst = traffic(served, 1e5, 30, seconds=1.0).limited(int(full * seconds))
-        runs.append(Run("a burst", burst, await fleet.play(burst)))
+        runs.append(Run("burst", burst, await fleet.play(burst)))
     return Measured(cluster, policy, tuple(runs))
 
 

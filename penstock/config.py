@@ -147,6 +147,10 @@ class SimulationSettings:
     split: tuple[str, ...] = ()
     """Prefill and decode workers, as 8:8,6:10; by default those of the cluster file."""
 
+    fault: tuple[str, ...] = ()
+    """What goes wrong, and when in seconds: 60:crash:decode-0 or 90:start:decode-0; also freeze, thaw and drain of
+    workers, and cut, slow and restore of links. The flag may come several times."""
+
     seed: int = 0
     """Another seed, another history; the same seed, the same numbers."""
 

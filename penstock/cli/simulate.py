@@ -23,7 +23,7 @@ from rich.table import Table
 
 from penstock import plugin
 from penstock.cli.output import OnProgress, check_writable, progress, write
-from penstock.config import SimulationSettings, TargetSettings
+from penstock.config import SimulationSettings, TargetSettings, suggestion
 from penstock.errors import SetupError
 from penstock.sim import cluster_file
 from penstock.sim.cluster import ClusterSpec
@@ -31,6 +31,7 @@ from penstock.sim.columns import COLUMNS
 from penstock.sim.page import page
 from penstock.sim.record import Recorder
 from penstock.sim.report import Cell, Report, Slo, summarize
+from penstock.sim.simulation import LINK_VERBS, WORKER_VERBS, Fault
 from penstock.sim.simulation import simulate as simulate_one
 from penstock.sim.workloads import named
 
@@ -53,6 +54,7 @@ class Plan:
     split: tuple[int, int] | None
     seed: int
     slo: Slo
+    faults: tuple[Fault, ...] = ()
 
     @property
     def title(self) -> str:
@@ -106,11 +108,12 @@ def plans(settings: SimulationSettings, targets: TargetSettings) -> list[Plan]:
     slo = Slo(positive("--slo-ttft", targets.slo_ttft), positive("--slo-itl", targets.slo_itl))
     for policy in policies:
         plugin.find("policy.routing", policy)
+    faults = tuple(fault(text) for text in settings.fault)
     for workers in splits:
-        cluster_of(settings.cluster, workers)
+        check_faults(faults, cluster_of(settings.cluster, workers))
     workload, requests = workload_of(settings)
     return [
-        Plan(settings.cluster, workload, requests, policy, rate, split, settings.seed, slo)
+        Plan(settings.cluster, workload, requests, policy, rate, split, settings.seed, slo, faults)
         for rate, split, policy in product(rates, splits, policies)
     ]
 
@@ -143,6 +146,29 @@ def split(text: str) -> tuple[int, int]:
     return int(prefill), int(decode)
 
 
+def fault(text: str) -> Fault:
+    """Raises SetupError for what is no SECONDS:VERB:NAME."""
+    at, _, rest = text.partition(":")
+    verb, _, name = rest.partition(":")
+    try:
+        at_s = float(at)
+    except ValueError:
+        raise SetupError(f"--fault {text} has no time: write SECONDS:VERB:NAME, such as 60:crash:decode-0") from None
+    for known in (*WORKER_VERBS, *LINK_VERBS):
+        if verb == known and name and 0 <= at_s < float("inf"):
+            return Fault(at_s, known, name)
+    verbs = ", ".join((*WORKER_VERBS, *LINK_VERBS))
+    raise SetupError(f"--fault {text} is none: write SECONDS:VERB:NAME, and for VERB {verbs}")
+
+
+def check_faults(faults: Sequence[Fault], cluster: ClusterSpec) -> None:
+    """Raises SetupError for a worker that the cluster does not have; links are known once something crosses them."""
+    names = [worker.name for worker in cluster.workers]
+    for fault in faults:
+        if fault.verb in WORKER_VERBS and fault.name not in names:
+            raise SetupError(f"--fault: no worker is called {fault.name}{suggestion(fault.name, names)}")
+
+
 def workload_of(settings: SimulationSettings) -> tuple[str, int]:
     """What `named.find` is to find, and how many requests of it are played. All of them are read, mistakes found."""
     if settings.trace is not None and settings.workload:
@@ -169,8 +195,13 @@ def play(plan: Plan, on_progress: OnProgress) -> Report:
     """One simulation from its beginning to its end, in this process."""
     cluster, recorder = cluster_of(plan.cluster, plan.split), Recorder()
     workload = named.find(plan.workload).faster(plan.rate).of_requests(plan.requests)
-    simulate_one(cluster, workload, plan.policy, plan.seed, recorder, lambda ended: on_progress(ended / plan.requests))
-    cell = Cell(cluster.name, plan.workload, plan.policy, plan.rate, split_name(cluster), cluster.gpus, plan.seed)
+    simulate_one(
+        *(cluster, workload, plan.policy, plan.seed, recorder),
+        lambda ended: on_progress(ended / plan.requests),
+        plan.faults,
+    )
+    text = plan.workload + (f", {len(plan.faults)} faults" if plan.faults else "")
+    cell = Cell(cluster.name, text, plan.policy, plan.rate, split_name(cluster), cluster.gpus, plan.seed)
     return summarize(recorder, cell, plan.slo)
 
 

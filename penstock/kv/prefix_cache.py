@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from penstock.blocks import BlockHash, BlockId
@@ -20,7 +21,8 @@ class PrefixCache:
         self._pool = BlockPool(blocks)
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}
-        self._idle: dict[BlockId, None] = {}  # findable, held by nobody; oldest first
+        # Findable, held by nobody; oldest first. The first of a plain dict takes ever longer to find as others went.
+        self._idle: OrderedDict[BlockId, None] = OrderedDict()
 
     @property
     def blocks(self) -> int:
@@ -108,7 +110,6 @@ class PrefixCache:
             del self._idle[block]
 
     def _evict_oldest(self) -> None:
-        block = next(iter(self._idle))
-        del self._idle[block]
+        block, _ = self._idle.popitem(last=False)
         del self._by_hash[self._hash_of.pop(block)]
         self._pool.free_idle(block)

@@ -19,6 +19,7 @@ import asyncio
 import hmac
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ class Frontend:
         self._tokenizers = tokenizers
         self._rng = rng
         self._options = options
-        self._records: dict[str, Record] = {}
+        self._records: OrderedDict[str, Record] = OrderedDict()
         self._deadlines: dict[asyncio.Timeout, None] = {}  # of the requests that run
         self._since = 0
         self._closes_s = math.inf  # by when every request must have ended; draining sets it
@@ -359,7 +360,7 @@ class Frontend:
             self._records.pop(key, None)
             self._records[key] = answer.record
         while len(self._records) > 2 * self._options.records:
-            del self._records[next(iter(self._records))]
+            self._records.popitem(last=False)
 
     async def _show_record(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/debug/requests/")

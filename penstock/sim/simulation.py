@@ -38,7 +38,10 @@ from penstock.transport.memory import MemoryHub, MemoryTransport
 PATIENCE_S = 3600.0  # of clients: an overloaded cluster is to be seen as it is
 QUIET_S = 60.0  # between looks at what cannot change in virtual time
 
-Verb = Literal["crash", "start", "freeze", "thaw", "drain", "cut", "slow", "restore"]
+WorkerVerb = Literal["crash", "start", "freeze", "thaw", "drain"]
+LinkVerb = Literal["cut", "slow", "restore"]
+WORKER_VERBS: tuple[WorkerVerb, ...] = ("crash", "start", "freeze", "thaw", "drain")
+LINK_VERBS: tuple[LinkVerb, ...] = ("cut", "slow", "restore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Fault:
     """At `at_s`, `verb` happens to the worker of that name; or to the link, `slow` to a tenth of what it carries."""
 
     at_s: float
-    verb: Verb
+    verb: WorkerVerb | LinkVerb
     name: str
 
 
@@ -206,13 +209,14 @@ class Simulation:
             self._bring(fault)
 
     def _bring(self, fault: Fault) -> None:
-        if fault.verb in ("cut", "slow", "restore"):
+        if fault.verb in LINK_VERBS:
             link = self._links.links.get(fault.name)
             if link is None:
                 raise SetupError(f"there is no link {fault.name!r} in use; there is {', '.join(self._links.links)}")
             self._links.slow(link, _LINK_FACTORS[fault.verb])
         elif fault.verb == "start":
-            self._processes.start(fault.name, self._specs[fault.name].role)
+            if fault.name not in self._processes.living:
+                self._processes.start(fault.name, self._specs[fault.name].role)
         elif fault.name in self._processes.living:
             getattr(self._processes, fault.verb)(fault.name)
 

@@ -17,13 +17,14 @@ from rich.console import Console
 
 from penstock.cli import main
 from penstock.cli.output import OnProgress
-from penstock.cli.simulate import Plan, as_json, plans, play_all, show, split_name
+from penstock.cli.simulate import Plan, as_json, plans, play, play_all, show, split_name
 from penstock.config import SimulationSettings, TargetSettings
 from penstock.errors import SetupError
 from penstock.sim import cluster_file
 from penstock.sim.cluster import ClusterSpec
 from penstock.sim.record import Recorder
 from penstock.sim.report import Report, Slo, summarize
+from penstock.sim.simulation import Fault
 from penstock.sim.workloads.workload import Workload
 from tests.sim.recorded import cell, recorded, report
 
@@ -48,7 +49,13 @@ def dies(plan: Plan, on_progress: OnProgress) -> Report:
 
 
 def quick(
-    cluster: ClusterSpec, workload: Workload, policy: str, seed: int, recorder: Recorder, ended: Callable[[int], None]
+    cluster: ClusterSpec,
+    workload: Workload,
+    policy: str,
+    seed: int,
+    recorder: Recorder,
+    ended: Callable[[int], None],
+    faults: tuple[Fault, ...],
 ) -> None:
     """Stands for `simulation.simulate`: every request takes a second."""
     for number, session in enumerate(workload, 1):
@@ -219,3 +226,25 @@ def test_the_real_thing(capsys: pytest.CaptureFixture[str]) -> None:
         assert (one["requests"], one["ended"], one["errors"]) == (20, 20, {})
         assert one["latencies"]["ttft"]["count"] == 20
         assert one["workers"] and one["queues"]["running"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("soon:crash:decode-0", "has no time"),
+        ("-1:crash:decode-0", "is none"),
+        ("5:smash:decode-0", "for VERB crash, start"),
+        ("5:crash:", "is none"),
+        ("5:crash:decode-9", "no worker is called decode-9"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_named(text: str, why: str) -> None:
+    with pytest.raises(SetupError, match=why):
+        plans(SimulationSettings(fault=(text,)), TargetSettings())
+
+
+def test_a_crash_is_seen_by_those_who_were_there() -> None:
+    (plan,) = plans(SimulationSettings(requests=60, rate=("8",), fault=("5:crash:decode-0",)), TargetSettings())
+    report = play(plan, lambda share: None)
+    assert set(report.errors) <= {"WorkerLost"} and report.ended + sum(report.errors.values()) == 60
+    assert report.errors, "nobody was on the worker that died"
