@@ -87,4 +87,5 @@ def times(matrix: Rows, vector: Sequence[float]) -> list[float]:
 
 
 def dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(map(mul, left, right))  # a third of the time of a generator
+    total: float = sum(map(mul, left, right))  # a third of the time of a generator
+    return total
