@@ -19,6 +19,8 @@ from penstock import clock
 
 T = TypeVar("T")
 
+_MOST_CANCELLED = 1_000
+
 skew_s = ContextVar("skew_s", default=0.0)  # how far the clock of the host that now runs is ahead of the loop's
 
 
@@ -57,6 +59,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now_s = 0.0
         self._order = 0
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._cancelled = 0  # timers that may still be among them
 
     def time(self) -> float:
         return self._now_s
@@ -94,7 +97,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 handle._run()
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Cancelled timers are skipped when their time comes."""
+        """Cancelled timers are skipped when their time comes, or swept out once they are the most."""
+        self._cancelled += 1
+        if self._cancelled > _MOST_CANCELLED and 2 * self._cancelled > len(self._timers):
+            self._timers = [timer for timer in self._timers if not timer[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def _who_waits(self) -> str:
         lines = []
