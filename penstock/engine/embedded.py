@@ -12,12 +12,13 @@ import asyncio
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self, TypeVar, TypeVarTuple
 
 from penstock.blocks import Region
 from penstock.engine.api import EngineInfo, Step
+from penstock.engine.embedded_options import Options
 from penstock.errors import EngineFailed, MissingExtra
 from penstock.request import Token
 
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """`model` is a folder or a hub id."""
-
-    model: str
-    device: str = "auto"  # CUDA where there is one; "cpu", "cuda", "cuda:1"
-    dtype: str = "auto"  # float32 on the CPU, elsewhere the checkpoint's
-    threads: int | None = None  # of one step, on the CPU; None: torch's choice, which is every core
-    block_tokens: int = 16
-    max_context_tokens: int | None = None  # None: what the model was made for
 
 
 class EmbeddedEngine:

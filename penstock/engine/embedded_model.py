@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -22,6 +22,7 @@ from penstock.blocks import BlockId, KvLayout, Region
 from penstock.engine.api import EngineInfo, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Geometry, build
+from penstock.engine.embedded_options import Options
 from penstock.engine.embedded_sampling import Draw, sample
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
 from penstock.policy.latency.device import cpu
@@ -29,9 +30,6 @@ from penstock.policy.latency.roofline import Roofline
 from penstock.policy.latency.shape import shape_of
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
-
-if TYPE_CHECKING:
-    from penstock.engine.embedded import Options
 
 _SERVED = "served are decoders with plain keys and values in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss..."
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
