@@ -63,7 +63,7 @@ def main() -> None:
         return
     requests = 3_000 if arguments.quick else TRACE_REQUESTS
     sizes = (8, 64, 512) if arguments.quick else (8, 64, 512, 4_096)
-    many = () if arguments.quick else (120_000, 300_000)
+    many = () if arguments.quick else (300_000,)
     emit(rows(arguments.trace, requests, sizes, many), arguments.json)
 
 
@@ -77,7 +77,7 @@ def rows(trace: Path | None, requests: int, sizes: tuple[int, ...], many: tuple[
     ]
     base = per_request(alone(GPUS, min(sizes[-1] * 12, requests), None))
     for gpus in sizes:
-        cost = alone(gpus, max(1_000, min(gpus * 12, 5 * requests)), None)
+        cost = alone(gpus, max(1_000, min(gpus * 12, 2 * requests)), None)
         found.append(Row(f"{gpus} GPUs, {cost.requests} requests", per_request(cost), "ms CPU", "64 GPUs", base, aim=2))
     for count in many:
         cost = alone(GPUS, count, None)

@@ -15,6 +15,7 @@ from penstock import clock, plugin
 from penstock.discovery.api import Discovery
 from penstock.errors import PenstockError, SetupError
 from penstock.policy.batching import Limits
+from penstock.policy.routing.api import Route
 from penstock.request import Request, Sampling
 from penstock.serve.decode import DecodeOptions
 from penstock.serve.prefill import PrefillOptions
@@ -56,7 +57,7 @@ class Fault:
 def simulate(
     cluster: ClusterSpec,
     workload: Workload,
-    policy: str,
+    policy: str | Route,
     seed: int,
     recorder: Recorder,
     on_progress: Callable[[int], None] = lambda requests: None,
@@ -65,6 +66,7 @@ def simulate(
 ) -> None:
     """Plays all of `workload` and returns when the last request has ended; `on_progress` gets how many have.
 
+    `policy` is the name of one, or one of the caller's own.
     `skews_s` says how far the clocks of workers are ahead. The same arguments give the same run. Raises SetupError for
     a policy or a fault that does not fit, Deadlock if somebody waits for ever, and AssertionError if any worker still
     holds a block for anybody at the end.
@@ -73,6 +75,7 @@ def simulate(
     try:
         run_virtual(simulation.run(workload))
     finally:
+        gc.unfreeze()
         gc.collect()  # a cluster is full of cycles: who runs many should not have to wait for them to go
 
 
@@ -82,7 +85,7 @@ class Simulation:
     def __init__(
         self,
         cluster: ClusterSpec,
-        policy: str,
+        policy: str | Route,
         seed: int,
         recorder: Recorder,
         on_progress: Callable[[int], None],
@@ -116,6 +119,7 @@ class Simulation:
             for spec in self._cluster.workers:
                 processes.start(spec.name, spec.role)
             await processes.router.wait_ready(len(self._specs))
+            gc.freeze()  # what is there now stays: the collector need not walk through it again and again
             others = [asyncio.ensure_future(life) for life in (self._take_samples(), self._bring_misfortune())]
             try:
                 await play(workload, self._ask)
@@ -225,5 +229,8 @@ _ONE_TOKEN = pack([TOKEN.id])
 _LINK_FACTORS = {"cut": 0.0, "slow": 0.1, "restore": 1.0}
 
 
-def _new_router(policy: str, wiring: Wiring | None, discovery: Discovery, endpoint: Endpoint, rng: Random) -> Router:
-    return Router(discovery, endpoint, rng, plugin.find("policy.routing", policy).ROUTING, wiring=wiring)
+def _new_router(
+    policy: str | Route, wiring: Wiring | None, discovery: Discovery, endpoint: Endpoint, rng: Random
+) -> Router:
+    route: Route = plugin.find("policy.routing", policy).ROUTING if isinstance(policy, str) else policy
+    return Router(discovery, endpoint, rng, route, wiring=wiring)

@@ -6,7 +6,7 @@ import pytest
 
 from penstock.sim.network import Network
 from penstock.sim.wiring import Wiring
-from penstock.topology.build import NODES, Nodes, build
+from penstock.topology.build import NODES, Domain, Nodes, build
 
 
 def wired(nodes: int = 2, **workers: tuple[str, ...]) -> Wiring:
@@ -46,3 +46,20 @@ def test_routers_get_prices_by_device() -> None:
     start_s, byte_s = wiring.prices("node0/gpu0", ["node0/gpu1", "node1/gpu0"])
     assert byte_s[0] < byte_s[1] == pytest.approx(1 / 36e9)
     assert start_s[0] < start_s[1]
+
+
+def test_prices_of_pairs_that_are_alike_are_those_of_each_pair() -> None:
+    fabric = build([Domain("rack", (Nodes(NODES["hgx-h100"], 2),), count=2, oversubscription=4)])
+    nodes = [f"rack{rack}/node{node}" for rack in range(2) for node in range(2)]
+    places = {
+        f"{node}-{half}": tuple(f"{node}/gpu{4 * half + g}" for g in range(4)) for node in nodes for half in (0, 1)
+    }
+    wiring = Wiring(fabric, Network())
+    for name, devices in places.items():
+        wiring.place(name, devices)
+    for source, devices in places.items():
+        others = [other for other in places if other != source]
+        start_s, byte_s = wiring.prices(devices[0], [places[other][0] for other in others])
+        routes = [wiring.route(source, other) for other in others]
+        assert start_s.tolist() == [route.latency_s for route in routes]
+        assert byte_s.tolist() == pytest.approx([1 / route.bytes_per_s for route in routes])
