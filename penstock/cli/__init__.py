@@ -327,6 +327,38 @@ def topology_show(
     show(source, labels, svg, as_json)
 
 
+@topology_commands.command(name="probe")
+def topology_probe(
+    join: str,
+    *,
+    size: int = 64,
+    partners: int = 0,
+    out: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Measure the links between the workers of a running server; needs PENSTOCK_TOKEN, which `penstock serve` prints.
+
+    Workers measure over the connections that their requests use, one pair at a time, and go on serving.
+
+    Parameters
+    ----------
+    join
+        HOST:PORT where workers join, as `penstock serve` prints it.
+    size
+        MiB to send for a rate.
+    partners
+        Measure from each worker to at most so many others; 0 for all.
+    out
+        Where to write a topology file with what was found.
+    as_json
+        Print the measurements as one JSON object, for scripts.
+    """
+    from penstock.cli.probe import probe
+
+    process.log_to_stderr("topology", "warning")
+    process.run(probe(join, process.token(), size, partners, out, as_json))
+
+
 def shown(default: object) -> str | None:
     """How help shows a default; not at all where that means nothing."""
     if isinstance(default, tuple):

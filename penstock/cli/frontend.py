@@ -30,7 +30,9 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     discovery: Discovery = FileDiscovery(config.leases) if config.leases is not None else MemoryDiscovery()
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream, "fd": stream}
-    endpoint = Endpoint(wires, config.secrets.token, {"join": Registry(discovery).join})
+    registered = Registry(discovery)
+    methods = {"join": registered.join, "members": registered.members}
+    endpoint = Endpoint(wires, config.secrets.token, methods)
     options = FrontendOptions(api_key=config.secrets.api_key)
     async with (
         endpoint,

@@ -280,7 +280,11 @@ class Prefiller:
             resident.begin()
             admitted.set()
 
-        job.run = run = Run(self._region, unpack(job.ask.tokens), job.ask.sampling, job.on_step, job.on_error, on_admit)
+        def on_step(sampled: Sequence[Token]) -> None:
+            resident.publish()  # before the next step is planned: who is admitted to it may begin with these blocks
+            job.on_step(sampled)
+
+        job.run = run = Run(self._region, unpack(job.ask.tokens), job.ask.sampling, on_step, job.on_error, on_admit)
         resident = Resident(run, self._cache, self._member.layout, job.ask.salt)
         through = _WriteThrough(job, resident, self._cache)
         stopped = asyncio.get_running_loop().create_future()
@@ -335,7 +339,6 @@ class _WriteThrough:
         All of the prompt's blocks, once its first token is there; before that those that are full.
         """
         job, run, granted = self._job, self.resident.run, self._job.granted
-        self.resident.publish()
         if granted is None:
             return False
         size = run.region.layout.block_tokens

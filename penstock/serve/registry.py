@@ -49,10 +49,16 @@ async def stay_announced(discovery: Discovery, standing: Callable[[], Standing],
 
 
 class Registry:
-    """Serves `join` in a frontend."""
+    """Serves `join` and `members` in a frontend."""
 
     def __init__(self, discovery: Discovery) -> None:
         self._discovery = discovery
+
+    async def members(self, call: Call) -> None:
+        """Answers with those that are there now."""
+        async for fleet in self._discovery.watch():
+            call.send([standing.member for standing in fleet.values()])
+            return
 
     async def join(self, call: Call) -> None:
         """Lists the caller for as long as the call lasts; its reports keep the entry alive."""

@@ -20,6 +20,7 @@ from penstock.policy.latency.steps import StepFit
 from penstock.serve.decode import DecodeOptions, Decoder
 from penstock.serve.lend import Lender, LendOptions
 from penstock.serve.prefill import Prefiller, PrefillOptions
+from penstock.serve.probe import Prober
 from penstock.serve.pulse import Pulse
 from penstock.serve.rpc import Call, Endpoint, Handler, RpcOptions
 from penstock.serve.stepper import Stepper
@@ -222,11 +223,14 @@ class Worker:
             *(self._transport, self._stepper, options.prefill),
         )
         self._pulse = Pulse(options.pulse_s)
+        prober = Prober(endpoint)
         self._methods |= {
             "generate": self._decoder.generate,
             "prefill": self._prefiller.prefill,
             "settle": self._prefiller.settle,
             "prefer": self._serve_prefer,
+            "measure": prober.measure,
+            "sink": prober.sink,
         }
 
     async def _serve_prefer(self, call: Call) -> None:

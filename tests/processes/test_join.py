@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -69,3 +70,23 @@ async def knows(server: Server, name: str) -> bool:
 
 async def forgot(server: Server, name: str) -> bool:
     return not await knows(server, name)
+
+
+def test_links_between_its_workers_can_be_measured() -> None:
+    async def story() -> None:
+        async with serving(environment={"PENSTOCK_TOKEN": TOKEN}) as server:
+            probe = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "penstock", "topology", "probe", server.join, "--json", "--size=2"),
+                env={**os.environ, "PENSTOCK_TOKEN": TOKEN},
+                stdout=asyncio.subprocess.PIPE,
+            )
+            output, _ = await probe.communicate()
+            links = json.loads(output)["links"]
+            assert {(link["source"], link["target"]) for link in links} == {
+                ("prefill-0", "decode-0"),
+                ("decode-0", "prefill-0"),
+            }
+            assert all(link["measured"]["medium"] == "unix" and not link["failure"] for link in links)
+            await server.wait_at_rest()
+
+    run(story(), timeout_s=60)
