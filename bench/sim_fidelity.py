@@ -53,6 +53,8 @@ PING_S = 0.05
 REPORT_S = 0.5
 DEADLINE_S = 120.0
 BATCH = 16
+QUEUED = 240  # requests at once: workers refuse more than 256 in a queue
+MOST = 1_000_000
 SLACK = (1e-6, 1e-9, 1e-12, 1e-9, 1e-12)  # so that a price which was learned to be 0 can be believed
 MODES: dict[str, tuple[str, tuple[Role, Role]]] = {
     "aggregated": ("least_loaded", ("any", "any")),
@@ -137,7 +139,7 @@ async def measure(served: Served, mode: str, seconds: float) -> Measured:
         trips: list[float] = []
         pinging = asyncio.ensure_future(fleet.ping(trips))
         for seed, share in enumerate(LEARNED_AT, start=10):
-            await fleet.play(traffic(served, share * full, seed, seconds))
+            await fleet.play(traffic(served, share * full, seed, seconds).limited(QUEUED if share > 1 else MOST))
         pinging.cancel()
         await asyncio.wait([pinging])
         cluster = described(served, await fleet.learned(), statistics.median(trips) / 2)
@@ -145,7 +147,7 @@ async def measure(served: Served, mode: str, seconds: float) -> Measured:
         for seed, share in enumerate(JUDGED_AT, start=20):
             workload = traffic(served, share * full, seed, seconds)
             runs.append(Run(f"at {share:.2f}", workload, await fleet.play(workload)))
-        burst = traffic(served, 1e5, 30, seconds=1.0).limited(int(full * seconds))
+        burst = traffic(served, 1e5, 30, seconds=1.0).limited(QUEUED)
         runs.append(Run("burst", burst, await fleet.play(burst)))
     return Measured(cluster, policy, tuple(runs))
 

@@ -90,7 +90,7 @@ class PrefixIndex:
                     lengths[lowest.bit_length() - 1] += blocks
                     live ^= lowest
             else:
-                lengths += blocks * _as_mask(live, self.bits)
+                lengths[_as_mask(live, self.bits)] += blocks
         return lengths[self._order]
 
     def __len__(self) -> int:
@@ -137,6 +137,6 @@ class PrefixIndex:
             del self._holders[block]
 
 
-def _as_mask(bits: int, size: int) -> npt.NDArray[np.uint8]:
+def _as_mask(bits: int, size: int) -> npt.NDArray[np.bool_]:
     packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), np.uint8)
-    return np.unpackbits(packed, count=size, bitorder="little")
+    return np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)

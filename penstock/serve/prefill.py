@@ -282,6 +282,8 @@ class Prefiller:
 
         def on_step(sampled: Sequence[Token]) -> None:
             resident.publish()  # before the next step is planned: who is admitted to it may begin with these blocks
+            if sampled:
+                self._stepper.leave(run, lambda: None)  # it keeps its blocks, and nobody may preempt it now
             job.on_step(sampled)
 
         job.run = run = Run(self._region, unpack(job.ask.tokens), job.ask.sampling, on_step, job.on_error, on_admit)
@@ -306,17 +308,18 @@ class Prefiller:
 
     async def _stream(self, job: Job, through: _WriteThrough, pipe: Pipe) -> None:
         """Returns when all KV is in place there."""
-        run, is_told = through.resident.run, False
+        run = through.resident.run
         listening = asyncio.ensure_future(job.take_grants())
         try:
-            while not through.push(pipe):
+            while job.first is None:
+                through.push(pipe)
                 job.ask_ahead(run, self._options.chunk_tokens)
                 await job.wait_progress()
                 job.call.send(Wrote(run.computed))
-                if job.first is not None and not is_told:
-                    is_told = True
-                    self._stepper.leave(run, lambda: None)  # it keeps its blocks, and nobody may preempt it now
-                    job.call.send(First(job.first))
+            job.call.send(First(job.first))
+            while not through.push(pipe):  # blocks are granted later than they are computed
+                job.ask_ahead(run, self._options.chunk_tokens)
+                await job.wait_progress()
             await pipe.flush()
         finally:
             listening.cancel()

@@ -105,12 +105,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self._cancelled = 0
 
     def _who_waits(self) -> str:
-        lines = []
-        for task in sorted(asyncio.all_tasks(self), key=lambda task: task.get_name()):
-            stack = task.get_stack(limit=1)
-            where = f"{stack[-1].f_code.co_qualname}:{stack[-1].f_lineno}" if stack else "?"
-            lines.append(f"  {task.get_name()} in {where}")
-        return "\n".join(lines)
+        tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
+        return "\n".join(f"  {task.get_name()} waits in {_awaits(task)}" for task in tasks)
 
     def run_in_executor(self, *_: object) -> NoReturn:
         raise NotVirtual("a thread was asked for in virtual time")
@@ -129,6 +125,18 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     create_server = create_unix_connection = create_unix_server = create_connection
     subprocess_exec = subprocess_shell = create_connection
+
+
+def _awaits(task: asyncio.Task[Any]) -> str:
+    """The chain of its coroutines down to the innermost, and the task that this one waits for, if it is one."""
+    chain: list[str] = []
+    coroutine = task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        chain.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+        coroutine = getattr(coroutine, "cr_await", None)
+    if isinstance(other := getattr(task, "_fut_waiter", None), asyncio.Task):
+        chain.append(f"task {other.get_name()}")
+    return " > ".join(chain) or "?"
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:

@@ -202,9 +202,9 @@ class Processes:
 
     async def _run_frontend(self, ready: asyncio.Event) -> None:
         discovery = MemoryDiscovery(self._timing.ttl_s)
-        endpoint = Endpoint(
-            {"memory": self.network.wire("frontend")}, "", {"join": Registry(discovery).join}, self._rpc
-        )
+        registry = Registry(discovery)
+        methods = {"join": registry.join, "members": registry.members}
+        endpoint = Endpoint({"memory": self.network.wire("frontend")}, "", methods, self._rpc)
         async with (
             endpoint,
             endpoint.listen(FRONTEND),

@@ -7,9 +7,11 @@ regions have memory, bytes land as they arrive, so that what is used too early o
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.errors import ConnectionLost, KvError, Refused
@@ -19,7 +21,16 @@ from penstock.transport.api import Attached, Exported, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "fabric"
+LOCAL_BYTES_PER_S = 1e12  # between workers on one device
 STALLED_S = 10.0  # without a byte more, after which a transfer is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """What programs add to what links take: to each transfer once, and for each block, one block after the other."""
+
+    start_s: float = 0.0
+    block_s: float = 0.0
 
 
 def _nobody_kills(writer: str) -> None:
@@ -39,11 +50,13 @@ class FabricHub:
         wiring: Wiring,
         has_memory: bool = False,
         on_kill: Callable[[str], None] = _nobody_kills,
+        software: Software = Software(),
     ) -> None:
         self.network = network
         self.wiring = wiring
         self.has_memory = has_memory
         self.on_kill = on_kill
+        self.software = software
         self._exports: dict[str, _Export] = {}  # by owner
 
     def died(self, worker: str) -> None:
@@ -105,7 +118,7 @@ class FabricTransport:
         """See `transport.api.Transport`."""
         export = self._hub.find(offer)
         route = self._hub.wiring.route(source.owner, offer.owner)
-        pipe = _Pipe(self._hub.network, route, source, export, writer)
+        pipe = _Pipe(self._hub, route, source, export, writer)
         export.pipes[pipe] = None
         try:
             yield pipe
@@ -137,13 +150,13 @@ class _Export:
 class _Pipe:
     """See `transport.api.Pipe`."""
 
-    def __init__(self, network: Network, route: Route, source: Region, export: _Export, writer: str) -> None:
+    def __init__(self, hub: FabricHub, route: Route, source: Region, export: _Export, writer: str) -> None:
         self.writer = writer
         self.gone = asyncio.Event()
         self._source = source
         self._export = export
-        self._latency_s = route.latency_s
-        self._flow = network.start(route.links) if route.links else network.start((), 0.0, route.bytes_per_s or 1e12)
+        self._latency_s = route.latency_s + hub.software.start_s
+        self._flow = hub.network.start(route.links, 0.0, _cap_bytes_per_s(hub.software, route, source.layout))
         self._block_bytes = source.layout.block_bytes
         self._under_way: deque[tuple[float, BlockId, BlockId]] = (
             deque()
@@ -195,3 +208,11 @@ class _Pipe:
             _, here, there = self._under_way.popleft()
             target[there * size : (there + 1) * size] = source[here * size : (here + 1) * size]
         self._landing = None
+
+
+def _cap_bytes_per_s(software: Software, route: Route, layout: KvLayout) -> float:
+    """What one pipe gets of links that nobody else is on: less where each block takes time of its own."""
+    if software.block_s:
+        block_s = software.block_s + layout.block_bytes / (route.bytes_per_s or LOCAL_BYTES_PER_S)
+        return layout.block_bytes / block_s
+    return math.inf if route.links else LOCAL_BYTES_PER_S

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 
 from penstock import clock
@@ -18,6 +19,8 @@ from penstock.cluster import Role
 from penstock.engine.simulated import Options as EngineOptions
 from penstock.engine.simulated import expected_tokens
 from penstock.errors import PenstockError
+from penstock.policy.routing import pairs
+from penstock.policy.routing.api import Route
 from penstock.request import Finish, Request, Sampling
 from penstock.serve.router import Router
 from penstock.serve.worker import Worker, WorkerOptions
@@ -77,7 +80,9 @@ class Answer:
 class World(Processes):
     """Used as `async with`; then `ask`, and the verbs of misfortune."""
 
-    def __init__(self, seed: int = 0, shape: Shape = Shape(), weather: Weather = FAIR) -> None:
+    def __init__(
+        self, seed: int = 0, shape: Shape = Shape(), weather: Weather = FAIR, policy: Route = pairs.route
+    ) -> None:
         self.shape = shape
         self.rng = Random(seed)
         self.links = Network()
@@ -85,7 +90,8 @@ class World(Processes):
         self.hub: MemoryHub | FabricHub
         self.hub = FabricHub(self.links, self.wiring, has_memory=True) if shape.is_streamed else MemoryHub()
         self._requests = 0
-        super().__init__(self._make, self.hub, self.rng, weather, shape.timing, shape.worker.rpc, Router)
+        new_router = partial(Router, policy=policy)
+        super().__init__(self._make, self.hub, self.rng, weather, shape.timing, shape.worker.rpc, new_router)
 
     async def __aenter__(self) -> World:
         await super().__aenter__()

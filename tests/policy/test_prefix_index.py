@@ -116,3 +116,13 @@ def test_what_left_is_swept_away_in_time_and_its_bit_used_again() -> None:
             index.learn(("a", epoch), hashes[:1])
     assert len(index) == len(hashes)
     assert index.bits <= 2
+
+
+def test_long_prefixes_that_many_workers_hold_are_counted_in_full() -> None:
+    index, workers = PrefixIndex(), [(f"w{number}", 1) for number in range(8)]
+    hashes = prefix_hashes(pack(range(1_000)), 1)
+    index.seat(workers, [2_000] * 8)
+    for worker in workers:
+        index.learn(worker, hashes)
+
+    assert index.longest(hashes).tolist() == [1_000] * 8

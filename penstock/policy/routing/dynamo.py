@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from random import Random
 
-from penstock.policy.routing.api import Ask, Choice, Fleet, alone, handing_over
+from penstock.policy.routing.api import Ask, Choice, Fleet, Route, alone, handing_over
 
 PREFILL_SCALE = 1.0
 
 
-def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
+def scaled(prefill_scale: float) -> Route:
     """The sum where one worker does it all; else each of its parts for its role."""
-    blocks = PREFILL_SCALE * (fleet.queued_tokens + ask.uncached_tokens) / fleet.block_tokens
-    if not fleet.is_split:
-        return alone("dynamo", fleet, blocks + fleet.used_blocks, rng)
-    return handing_over("dynamo", fleet, blocks, fleet.used_blocks, rng)
+
+    def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
+        blocks = prefill_scale * (fleet.queued_tokens + ask.uncached_tokens) / fleet.block_tokens
+        if not fleet.is_split:
+            return alone("dynamo", fleet, blocks + fleet.used_blocks, rng)
+        return handing_over("dynamo", fleet, blocks, fleet.used_blocks, rng)
+
+    return route
 
 
-ROUTING = route
+ROUTING = scaled(PREFILL_SCALE)
