@@ -83,7 +83,7 @@ class Job:
         self.progress.set()
 
     async def wait_progress(self) -> None:
-        """Returns after a chunk, or after blocks were granted. Raises what went wrong meanwhile."""
+        """Returns after a chunk, a grant of blocks or a preemption. Raises what went wrong meanwhile."""
         await self.progress.wait()
         self.progress.clear()
         if self.error is not None:
@@ -286,7 +286,8 @@ class Prefiller:
                 self._stepper.leave(run, lambda: None)  # it keeps its blocks, and nobody may preempt it now
             job.on_step(sampled)
 
-        job.run = run = Run(self._region, unpack(job.ask.tokens), job.ask.sampling, on_step, job.on_error, on_admit)
+        tokens, sampling = unpack(job.ask.tokens), job.ask.sampling
+        job.run = run = Run(self._region, tokens, sampling, on_step, job.on_error, on_admit, job.progress.set)
         resident = Resident(run, self._cache, self._member.layout, job.ask.salt)
         through = _WriteThrough(job, resident, self._cache)
         stopped = asyncio.get_running_loop().create_future()
@@ -316,6 +317,10 @@ class Prefiller:
                 job.ask_ahead(run, self._options.chunk_tokens)
                 await job.wait_progress()
                 job.call.send(Wrote(run.computed))
+                if not run.blocks:  # preempted: what it held for the pipe may be what it lacks to start again
+                    await pipe.flush()
+                    through.release()
+                    self._stepper.wake()
             job.call.send(First(job.first))
             while not through.push(pipe):  # blocks are granted later than they are computed
                 job.ask_ahead(run, self._options.chunk_tokens)
@@ -358,7 +363,7 @@ class _WriteThrough:
         return job.first is not None and end == len(run.blocks)
 
     def release(self) -> None:
-        """Once the pipe is left."""
+        """Once the pipe is flushed or left."""
         self._cache.release(self._held)
         self._held = []
 

@@ -38,7 +38,8 @@ class Run:
     """One sequence being computed here. Changed by the stepper; by its owner only while it is not in a step.
 
     `on_step` is called after the steps it was in, with the tokens sampled, if any were. `on_admit` is called when an
-    own sequence starts or restarts, and may bring blocks with tokens that are computed already.
+    own sequence starts or restarts, and may bring blocks with tokens that are computed already. `on_preempt` is called
+    when it has lost its blocks, and waits for its turn again.
     """
 
     region: Region
@@ -47,6 +48,7 @@ class Run:
     on_step: Callable[[Sequence[Token]], None]
     on_error: Callable[[PenstockError], None]
     on_admit: Callable[[], None] | None = None  # None: a guest
+    on_preempt: Callable[[], None] | None = None
     most_tokens: int = 0  # an own sequence ends with this many tokens at the latest
     may_stop: bool = True  # some token may end it earlier
     computed: int = 0
@@ -233,6 +235,8 @@ class Stepper:
         self.preemptions += 1
         self._running.remove(run)
         self._waiting.insert(0, run)
+        if run.on_preempt is not None:
+            run.on_preempt()
 
     def _give_blocks(self, run: Run, tokens: int) -> int:
         """Makes room for the next `tokens` tokens; returns how many can be computed, 0 if blocks ran out."""

@@ -106,7 +106,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _who_waits(self) -> str:
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
-        return "\n".join(f"  {task.get_name()} waits in {_awaits(task)}" for task in tasks)
+        return "\n".join(f"  {task.get_name()} in {_awaits(task)}" for task in tasks)
 
     def run_in_executor(self, *_: object) -> NoReturn:
         raise NotVirtual("a thread was asked for in virtual time")
@@ -130,7 +130,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def _awaits(task: asyncio.Task[Any]) -> str:
     """The chain of its coroutines down to the innermost, and the task that this one waits for, if it is one."""
     chain: list[str] = []
-    coroutine = task.get_coro()
+    coroutine: object = task.get_coro()
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:
         chain.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
         coroutine = getattr(coroutine, "cr_await", None)

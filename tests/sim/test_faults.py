@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from asyncio import TaskGroup
 from dataclasses import replace
-from random import Random
 
 import pytest
 
@@ -17,9 +16,20 @@ from penstock.policy.batching import Limits
 from penstock.request import Token
 from penstock.serve.lend import LendOptions
 from penstock.serve.worker import WorkerOptions
-from penstock.sim.faults import Weather
 from penstock.sim.loop import run_virtual
 from penstock.sim.world import Answer, Shape, World
+
+
+@pytest.fixture(params=[False, True], ids=["in-place", "streamed"])
+def is_streamed(request: pytest.FixtureRequest) -> bool:
+    """Whether KV crosses a network, or is computed in memory that all share."""
+    return bool(request.param)
+
+
+def path(is_streamed: bool) -> str:
+    """How a timeline calls it."""
+    return "streamed" if is_streamed else "in-place"
+
 
 SLOW = EngineOptions(prefill_token_s=1e-3)  # a prompt of 2,000 tokens takes two seconds, four chunks
 
@@ -51,9 +61,9 @@ def test_a_prefix_cached_at_decode_is_read_in_place() -> None:
     run_virtual(story())
 
 
-def test_prefill_that_dies_is_done_elsewhere_and_the_client_sees_only_time() -> None:
+def test_prefill_that_dies_is_done_elsewhere_and_the_client_sees_only_time(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(prefill=2, engine=SLOW)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, prefill=2, engine=SLOW)) as world:
             asking = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.9)
             victim = next(name for name in ("prefill-0", "prefill-1") if world.engine(name).steps_begun)
@@ -67,9 +77,9 @@ def test_prefill_that_dies_is_done_elsewhere_and_the_client_sees_only_time() -> 
     run_virtual(story())
 
 
-def test_the_last_prefill_worker_dies_and_decode_does_it_itself() -> None:
+def test_the_last_prefill_worker_dies_and_decode_does_it_itself(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, engine=SLOW)) as world:
             asking = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.9)
             world.crash("prefill-0")
@@ -81,9 +91,11 @@ def test_the_last_prefill_worker_dies_and_decode_does_it_itself() -> None:
     run_virtual(story())
 
 
-def test_a_prefill_worker_frozen_past_its_lease_wakes_and_writes_into_nobodys_blocks() -> None:
+def test_a_prefill_worker_frozen_past_its_lease_wakes_and_writes_into_nobodys_blocks(is_streamed: bool) -> None:
     async def story() -> None:
-        shape = Shape(engine=SLOW, kv_blocks=260)  # so small that quarantined blocks would soon be wanted
+        shape = Shape(
+            is_streamed=is_streamed, engine=SLOW, kv_blocks=260
+        )  # so small that quarantined blocks would soon be wanted
         async with World(seed=1, shape=shape) as world:
             asking = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.9)
@@ -112,13 +124,15 @@ def test_a_prefill_worker_that_stays_frozen_is_killed_and_its_blocks_come_back()
     run_virtual(story())
 
 
-def test_a_chunk_that_takes_longer_than_a_lease_may_be_silent_is_no_silence() -> None:
+def test_a_chunk_that_takes_longer_than_a_lease_may_be_silent_is_no_silence(is_streamed: bool) -> None:
     async def story() -> None:
         worker = WorkerOptions("", 0, lend=LendOptions(lease_s=0.6))
-        async with World(seed=1, shape=Shape(engine=EngineOptions(prefill_token_s=4e-3), worker=worker)) as world:
+        async with World(
+            seed=1, shape=Shape(is_streamed=is_streamed, engine=EngineOptions(prefill_token_s=4e-3), worker=worker)
+        ) as world:
             answer = await world.ask(tokens=1_000)  # two chunks of two seconds
             assert answer.is_whole and answer.finish is not None
-            assert (answer.finish.timeline.path, answer.finish.timeline.failures) == ("in-place", [])
+            assert (answer.finish.timeline.path, answer.finish.timeline.failures) == (path(is_streamed), [])
 
     run_virtual(story())
 
@@ -152,9 +166,9 @@ def test_a_prefill_engine_that_hangs_is_given_up_and_its_process_killed() -> Non
     run_virtual(story())
 
 
-def test_a_decode_worker_lost_before_the_first_token_is_replaced() -> None:
+def test_a_decode_worker_lost_before_the_first_token_is_replaced(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(decode=2, engine=SLOW)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, decode=2, engine=SLOW)) as world:
             asking = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.9)
             holder = next(name for name in ("decode-0", "decode-1") if world.workers[name].load().leased_blocks)
@@ -166,9 +180,9 @@ def test_a_decode_worker_lost_before_the_first_token_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("misfortune", ["crash", "freeze"])
-def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_never_silence(misfortune: str) -> None:
+def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_never_silence(misfortune: str, is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed)) as world:
             asking = asyncio.create_task(world.ask(tokens=200, max_tokens=10_000))
             await asyncio.sleep(1)
             getattr(world, misfortune)("decode-0")
@@ -180,9 +194,9 @@ def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_never_silence(misfor
     run_virtual(story())
 
 
-def test_a_restarted_worker_comes_back_under_a_new_epoch() -> None:
+def test_a_restarted_worker_comes_back_under_a_new_epoch(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed)) as world:
             assert (await world.ask(tokens=500)).is_whole
             for name in ("decode-0", "prefill-0"):
                 world.crash(name)
@@ -196,9 +210,9 @@ def test_a_restarted_worker_comes_back_under_a_new_epoch() -> None:
     run_virtual(story())
 
 
-def test_clients_that_leave_at_any_time_leave_nothing_behind() -> None:
+def test_clients_that_leave_at_any_time_leave_nothing_behind(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=3, shape=Shape(engine=SLOW)) as world:
+        async with World(seed=3, shape=Shape(is_streamed=is_streamed, engine=SLOW)) as world:
             asking = [asyncio.create_task(world.ask(tokens=700, max_tokens=40)) for _ in range(24)]
             for index, task in enumerate(asking):
                 await asyncio.sleep(0.1 + 0.05 * index)
@@ -223,9 +237,11 @@ def test_an_attempt_that_fails_gives_back_the_prefix_it_read() -> None:
     run_virtual(story())
 
 
-def test_a_small_pool_preempts_calls_leases_off_and_still_answers_everybody() -> None:
+def test_a_small_pool_preempts_calls_leases_off_and_still_answers_everybody(is_streamed: bool) -> None:
     async def story() -> None:
-        shape = Shape(kv_blocks=60, worker=replace(WorkerOptions("", 0), limits=Limits(step_tokens=64)))
+        shape = Shape(
+            is_streamed=is_streamed, kv_blocks=60, worker=replace(WorkerOptions("", 0), limits=Limits(step_tokens=64))
+        )
         async with World(seed=4, shape=shape) as world:
             asking = [asyncio.create_task(world.ask(tokens=40 + 25 * i, max_tokens=200)) for i in range(20)]
             answers = await asyncio.gather(*asking)
@@ -236,10 +252,14 @@ def test_a_small_pool_preempts_calls_leases_off_and_still_answers_everybody() ->
     run_virtual(story())
 
 
-def test_more_streams_than_a_step_has_tokens_wait_before_their_first_token_and_not_in_mid_stream() -> None:
+def test_more_streams_than_a_step_has_tokens_wait_before_their_first_token_and_not_in_mid_stream(
+    is_streamed: bool,
+) -> None:
     async def story() -> None:
         worker = WorkerOptions("", 0, limits=Limits(step_tokens=16))
-        async with World(seed=1, shape=Shape(prefill=4, kv_blocks=4_000, worker=worker)) as world:
+        async with World(
+            seed=1, shape=Shape(is_streamed=is_streamed, prefill=4, kv_blocks=4_000, worker=worker)
+        ) as world:
             asking = []
             for _ in range(40):
                 asking.append(asyncio.create_task(world.ask(tokens=500, max_tokens=400)))
@@ -252,9 +272,9 @@ def test_more_streams_than_a_step_has_tokens_wait_before_their_first_token_and_n
     run_virtual(story())
 
 
-def test_running_requests_outrank_a_lease_that_is_not_complete() -> None:
+def test_running_requests_outrank_a_lease_that_is_not_complete(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=2, shape=Shape(kv_blocks=100, engine=SLOW)) as world:
+        async with World(seed=2, shape=Shape(is_streamed=is_streamed, kv_blocks=100, engine=SLOW)) as world:
             running = asyncio.create_task(world.ask(tokens=10, max_tokens=1_000))  # will want 64 blocks
             await asyncio.sleep(0.6)
             borrowing = asyncio.create_task(world.ask(tokens=1_200, max_tokens=8))  # 75 blocks, 1.2 s
@@ -266,10 +286,13 @@ def test_running_requests_outrank_a_lease_that_is_not_complete() -> None:
     run_virtual(story())
 
 
-def test_a_long_prompt_that_waits_for_blocks_is_not_overtaken_for_as_long_as_short_ones_come() -> None:
+def test_a_long_prompt_that_waits_for_blocks_is_not_overtaken_for_as_long_as_short_ones_come(is_streamed: bool) -> None:
     async def story() -> None:
         engine = EngineOptions(prefill_token_s=1e-3, step_s=0.01)
-        async with World(seed=1, shape=Shape(prefill=3, kv_blocks=100, engine=engine)) as world, TaskGroup() as group:
+        async with (
+            World(seed=1, shape=Shape(is_streamed=is_streamed, prefill=3, kv_blocks=100, engine=engine)) as world,
+            TaskGroup() as group,
+        ):
 
             async def crowd() -> None:
                 while clock.now() < 60:
@@ -284,9 +307,9 @@ def test_a_long_prompt_that_waits_for_blocks_is_not_overtaken_for_as_long_as_sho
     run_virtual(story())
 
 
-def test_a_late_write_cannot_hit_blocks_that_serve_somebody_else() -> None:
+def test_a_late_write_cannot_hit_blocks_that_serve_somebody_else(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, engine=SLOW, kv_blocks=140)) as world:
             leaving = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.6)  # in the middle of the second chunk
             world.freeze("prefill-0")
@@ -301,9 +324,9 @@ def test_a_late_write_cannot_hit_blocks_that_serve_somebody_else() -> None:
     run_virtual(story())
 
 
-def test_a_chunk_in_progress_keeps_its_blocks_until_it_has_ended() -> None:
+def test_a_chunk_in_progress_keeps_its_blocks_until_it_has_ended(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, engine=SLOW, kv_blocks=140)) as world:
             leaving = asyncio.create_task(world.ask(tokens=2_000))
             await asyncio.sleep(0.6)  # early in the second chunk, most of which is yet to be written
             world.stall("prefill-0")  # a slow kernel: the process lives and answers
@@ -318,11 +341,11 @@ def test_a_chunk_in_progress_keeps_its_blocks_until_it_has_ended() -> None:
     run_virtual(story())
 
 
-def test_blocks_granted_on_a_connection_that_was_given_up_are_never_written() -> None:
+def test_blocks_granted_on_a_connection_that_was_given_up_are_never_written(is_streamed: bool) -> None:
     """The grant is on its way for 6 s; the lease is settled meanwhile, on another connection."""
 
     async def story() -> None:
-        async with World(seed=1, shape=Shape(engine=SLOW, kv_blocks=140)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, engine=SLOW, kv_blocks=140)) as world:
             granted_s: list[float] = []
 
             def slow_line(source: str, to: str, frame: bytes) -> list[float]:
@@ -346,9 +369,9 @@ def test_blocks_granted_on_a_connection_that_was_given_up_are_never_written() ->
     run_virtual(story())
 
 
-def test_a_frozen_decode_worker_holds_up_no_prefill_but_its_own() -> None:
+def test_a_frozen_decode_worker_holds_up_no_prefill_but_its_own(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, engine=SLOW)) as world:
 
             def freezing(source: str, to: str, frame: bytes) -> list[float]:
                 if b"begin" in frame and to.startswith("decode-0"):  # so no blocks are granted for what began
@@ -360,7 +383,7 @@ def test_a_frozen_decode_worker_holds_up_no_prefill_but_its_own() -> None:
             world.start("decode-1", "decode")
             await asyncio.sleep(0.5)
             answer = await world.ask(tokens=2_000)
-            assert answer.is_whole and answer.finish is not None and answer.finish.timeline.path == "in-place"
+            assert answer.is_whole and answer.finish is not None and answer.finish.timeline.path == path(is_streamed)
             assert answer.ttft_s < 2.2
             world.thaw("decode-0")
             assert all(answer.is_whole for answer in await asyncio.gather(*stuck))
@@ -369,12 +392,12 @@ def test_a_frozen_decode_worker_holds_up_no_prefill_but_its_own() -> None:
     run_virtual(story())
 
 
-def test_an_engine_that_breaks_ends_its_worker() -> None:
+def test_an_engine_that_breaks_ends_its_worker(is_streamed: bool) -> None:
     async def broken(step: Step) -> list[Token | None]:
         raise ZeroDivisionError("a bug of the engine")
 
     async def story() -> None:
-        async with World(seed=1, shape=Shape(engine=SLOW)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, engine=SLOW)) as world:
             world.engine("prefill-0").step = broken  # type: ignore[method-assign]
             assert (await world.ask(tokens=2_000)).is_whole
 
@@ -396,9 +419,9 @@ def test_seeded_sampling_is_the_same_whoever_serves_it() -> None:
     assert len({a.finish.timeline.decode_worker for a in answers if a.finish}) == 2
 
 
-def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(decode=2)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, decode=2)) as world:
             asking = [asyncio.create_task(world.ask(tokens=100, max_tokens=400)) for _ in range(6)]
             await asyncio.sleep(1)
             world.drain("decode-0")
@@ -411,9 +434,9 @@ def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
     run_virtual(story())
 
 
-def test_the_deadline_of_a_request_holds_on_the_worker() -> None:
+def test_the_deadline_of_a_request_holds_on_the_worker(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed)) as world:
             answer = await world.ask(tokens=100, max_tokens=7_000, timeout_s=2.0)
             assert type(answer.error).__name__ == "DeadlineExceeded" and answer.is_right_so_far
             await world.settle()
@@ -421,9 +444,9 @@ def test_the_deadline_of_a_request_holds_on_the_worker() -> None:
     run_virtual(story())
 
 
-def test_roles_change_while_serving() -> None:
+def test_roles_change_while_serving(is_streamed: bool) -> None:
     async def story() -> None:
-        async with World(seed=1) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed)) as world:
             before = await world.ask(tokens=2_000)
             for name, role in (("prefill-0", "decode"), ("decode-0", "prefill")):
                 peer = await world.router.endpoint.peer(world.workers[name].member.addresses)
@@ -437,91 +460,3 @@ def test_roles_change_while_serving() -> None:
                 assert (timeline.prefill_worker, timeline.decode_worker) == pair
 
     run_virtual(story())
-
-
-async def stormy(seed: int, weather: Weather) -> list[Answer]:
-    """Random clients under random misfortunes; then the sky clears, and everything must come to rest.
-
-    Prompts share beginnings, so blocks are cached, read by others, and written late by whoever was given up. At the
-    end every prompt is asked again: what the caches hold must be right.
-    """
-    rng = Random(seed)
-    engine = EngineOptions(prefill_token_s=rng.choice([3e-4, 1e-3]), step_s=0.01, pieces=4)
-    worker = WorkerOptions("", 0, lend=LendOptions(lease_s=2.0, kill_after_s=8.0))
-    shape = Shape(prefill=2, decode=2, engine=engine, kv_blocks=rng.choice([100, 200]), worker=worker)
-    prompts = some_prompts(rng, 12)
-    async with World(seed, shape, weather) as world:
-        asking: list[asyncio.Task[Answer]] = []
-        for prompt in prompts:
-            leave = rng.choice([None, None, 3])
-            asking.append(asyncio.create_task(world.ask(prompt, max_tokens=30, leave_after=leave)))
-            await asyncio.sleep(rng.random())
-            if rng.random() < 0.5:
-                rng.choice(asking[-2:]).cancel()
-            misfortune(rng, world)
-        world.weather = Weather()
-        for name in world.workers:
-            world.thaw(name)
-        await asyncio.wait(asking)
-        await world.settle()
-        again = await asyncio.gather(*(world.ask(prompt, max_tokens=1) for prompt in prompts))
-        await world.settle()
-        assert clock.now() < 300
-        return [task.result() for task in asking if not task.cancelled()] + again
-
-
-def some_prompts(rng: Random, count: int) -> list[list[int]]:
-    """Each begins like one of three, and goes on by itself."""
-    stems = [[rng.randrange(100, 30_000) for _ in range(1_000)] for _ in range(3)]
-    return [
-        rng.choice(stems)[: rng.randrange(1_000)] + [rng.randrange(100, 30_000) for _ in range(rng.randrange(1, 300))]
-        for _ in range(count)
-    ]
-
-
-def misfortune(rng: Random, world: World) -> None:
-    name = rng.choice(["prefill-0", "prefill-1", "decode-0", "decode-1"])
-    kind = rng.choice(["crash", "freeze", "hang", "hang", "none", "none"])
-    if name not in world.workers:
-        world.start(name)
-    elif kind == "crash":
-        world.crash(name)
-    elif kind != "none":
-        if kind == "freeze":
-            world.freeze(name)
-        else:
-            world.stall(name)  # a slow kernel
-        asyncio.get_running_loop().call_later(rng.choice([1, 3, 5]), wake, world, name)
-
-
-def wake(world: World, name: str) -> None:
-    if name in world.workers:
-        world.thaw(name)
-
-
-WEATHERS = {
-    "calm": Weather(),
-    "reordering": Weather(jitter_s=0.05),
-    "repeating": Weather(repeat=0.3, jitter_s=0.01),
-    "lossy": Weather(drop=0.02),
-    "all": Weather(drop=0.01, repeat=0.1, jitter_s=0.02),
-}
-
-
-@pytest.mark.parametrize("weather", WEATHERS)
-@pytest.mark.parametrize("seed", range(8))
-def test_storms(seed: int, weather: str) -> None:
-    answers = run_virtual(stormy(seed, WEATHERS[weather]))
-    for answer in answers:
-        assert answer.is_right_so_far, "a wrong token"
-        assert answer.error is not None or answer.tokens, "silence"
-        if answer.finish is not None:
-            assert answer.is_whole
-
-
-def test_one_seed_gives_one_history() -> None:
-    def history() -> list[tuple[list[int], str, float]]:
-        answers = run_virtual(stormy(5, WEATHERS["all"]))
-        return [(a.tokens, str(a.error), a.ended_s) for a in answers]
-
-    assert history() == history()

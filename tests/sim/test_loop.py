@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 
 import pytest
 
@@ -43,13 +44,35 @@ def test_a_cancelled_timer_does_not_fire() -> None:
 
 
 def test_a_deadlock_says_who_waits_for_what() -> None:
-    async def stuck() -> None:
-        await asyncio.Event().wait()
+    forks = [asyncio.Lock(), asyncio.Lock()]
+
+    async def take(fork: asyncio.Lock) -> None:
+        await fork.acquire()
+
+    async def dine(left: asyncio.Lock, right: asyncio.Lock) -> None:
+        await take(left)
+        await asyncio.sleep(1)
+        await take(right)
 
     async def story() -> None:
-        await asyncio.create_task(stuck(), name="philosopher")
+        async with asyncio.TaskGroup() as table:
+            table.create_task(dine(*forks), name="plato")
+            table.create_task(dine(*reversed(forks)), name="kant")
 
-    with pytest.raises(Deadlock, match=r"philosopher in .*stuck"):
+    with pytest.raises(Deadlock) as raised:
+        run_virtual(story())
+    report = str(raised.value)
+    assert report.startswith("nothing is ready and no timer is set at 1.000000 s")
+    for name in ("plato", "kant"):
+        assert re.search(rf"{name} in .*dine:\d+ > .*take:\d+ > Lock.acquire:\d+", report)
+
+
+def test_a_deadlock_names_the_task_that_is_waited_for() -> None:
+    async def story() -> None:
+        godot = asyncio.create_task(asyncio.Event().wait(), name="godot")
+        await asyncio.create_task(asyncio.wait_for(godot, None), name="vladimir")
+
+    with pytest.raises(Deadlock, match=r"vladimir in wait_for:\d+ > task godot"):
         run_virtual(story())
 
 

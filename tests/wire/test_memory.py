@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from random import Random
 
 import pytest
 
 from penstock import clock
 from penstock.errors import AddressInUse, ConnectionLost, Refused
-from penstock.sim.loop import run_virtual
-from penstock.wire.api import MAX_BACKLOG_BYTES, Connection
+from penstock.sim.loop import run_virtual, skew_s
+from penstock.wire.api import MAX_BACKLOG_BYTES, Connection, Wire
 from penstock.wire.memory import MemoryNetwork
 from tests.wire.tap import Tap, connected
 
@@ -46,6 +47,32 @@ def test_the_weather_sees_source_destination_and_frame_and_nothing_else() -> Non
 
     run_virtual(story())
     assert seen == [("a", "b", b"there"), ("b", "a", b"and back")]
+
+
+def test_what_arrives_is_dealt_with_by_the_clock_of_who_receives_it() -> None:
+    skews_s = {"a": 1_000.0, "b": -500.0}
+    network = MemoryNetwork(lambda *_: (1.0,))
+
+    def wire(name: str) -> Wire:
+        context = copy_context()
+        context.run(skew_s.set, skews_s[name])
+        return context.run(network.wire, name)
+
+    async def story() -> None:
+        read_s: dict[str, float] = {}
+        async with connected(wire("a"), wire("b"), "memory:b", TOKEN) as (near, far):
+            at_near = Tap(near, on_frame=lambda _: read_s.update(a=clock.now()))
+            at_far = Tap(far, on_frame=lambda _: read_s.update(b=clock.now()))
+            near.send_nowait(b"there")
+            await at_far.wait_frames(1)
+            network.freeze("a")  # what waits for the thaw is no different
+            far.send_nowait(b"and back")
+            await asyncio.sleep(2.0)
+            network.thaw("a")
+            await at_near.wait_frames(1)
+            assert read_s == {"a": clock.now() + 1_000.0, "b": 1.0 - 500.0}
+
+    run_virtual(story())
 
 
 def test_frames_are_delayed() -> None:
