@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import mmap
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,24 +37,22 @@ from penstock.errors import (
     KvError,
     PenstockError,
     Refused,
-    SetupError,
     WireForm,
     from_wire,
     to_wire,
 )
+from penstock.transport import host_memory
 from penstock.transport.api import Attached, Exported, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "shm"
 ATTACH_S = 5.0  # how long an owner may take to hand its region over, and a peer to ask for it
-FAULT_IN_BYTES = 16 << 20  # per turn of the loop
 LISTEN_BACKLOG = 128
 
 _PURPOSE = b"kv"
 _UNMAPPED = b"unmapped"
 _PACKET_BYTES = 1 << 16
-_SO_PEERPIDFD = 77  # since Linux 6.5; Python 3.11 names neither this
-_MADV_POPULATE_READ = 22  # nor this, since Linux 5.14
+_SO_PEERPIDFD = 77  # since Linux 6.5; Python 3.11 does not name it
 
 
 class _Ask(msgspec.Struct, frozen=True):
@@ -90,21 +87,13 @@ class ShmTransport:
     async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
         """See `transport.api.Transport`. Raises SetupError if there is no memory for it."""
         offer = Offer(NAME, owner, epoch, f"@penstock-kv-{clock.nonce(8).hex()}", layout, blocks)
-        with _memory_file(blocks * layout.block_bytes) as descriptor:
-            try:
-                memory = await _map(descriptor)
-            except OSError as error:
-                size_gib = blocks * layout.block_bytes / 2**30
-                raise SetupError(f"no memory for {size_gib:.2f} GiB of KV ({error.strerror}): take less") from error
-            try:
-                with memoryview(memory) as buffer, _packet_socket() as listener:
-                    listener.bind(_socket_address(offer))
-                    listener.listen(LISTEN_BACKLOG)
-                    export = _Export(Region(owner, epoch, layout, blocks, buffer), offer, descriptor)
-                    async with auth.admitting(listener, self._token, _PURPOSE, export.serve):
-                        yield export
-            finally:
-                _unmap(memory, owner)
+        async with host_memory.made(owner, blocks * layout.block_bytes) as (descriptor, buffer):
+            with _packet_socket() as listener:
+                listener.bind(_socket_address(offer))
+                listener.listen(LISTEN_BACKLOG)
+                export = _Export(Region(owner, epoch, layout, blocks, buffer), offer, descriptor)
+                async with auth.admitting(listener, self._token, _PURPOSE, export.serve):
+                    yield export
 
     def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
         """Always raises Refused: who reaches this memory computes in it."""
@@ -122,7 +111,7 @@ class ShmTransport:
                     yield _Attachment(Region(offer.owner, offer.epoch, offer.layout, offer.blocks, buffer), sock)
             finally:
                 if memory is not None:
-                    _unmap(memory, offer.owner)  # if it raises, the owner must go on counting us as a writer
+                    host_memory.unmap(memory, offer.owner)  # if it raises, the owner must go on counting us as a writer
                 _say_unmapped(sock)
 
     async def _join(self, sock: socket.socket, offer: Offer) -> None:
@@ -228,11 +217,11 @@ async def _obtain(sock: socket.socket, ask: _Ask) -> mmap.mmap:
         raise ConnectionLost(f"{owner} left when asked for its region")
     if (refusal := _decode_reply(packet)) is not None:
         raise from_wire(refusal)
-    with _closing(descriptors[0]) as descriptor:
+    with host_memory.closing(descriptors[0]) as descriptor:
         if (found_bytes := os.fstat(descriptor).st_size) != size_bytes:
             raise KvError(f"the region of {owner} has {found_bytes} bytes, its offer says {size_bytes}")
         try:
-            return await _map(descriptor)
+            return await host_memory.mapped(descriptor)
         except OSError as error:
             raise KvError(f"cannot map the region of {owner}, {size_bytes} bytes: {error}") from error
 
@@ -281,11 +270,11 @@ def _watched(sock: socket.socket) -> AbstractContextManager[int]:
     if uid != os.geteuid():
         raise Refused(f"process {pid} of user {uid} wants to map KV of user {os.geteuid()}")
     try:
-        return _closing(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+        return host_memory.closing(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
-    return _closing(os.pidfd_open(pid))
+    return host_memory.closing(os.pidfd_open(pid))
 
 
 def _packet_socket() -> socket.socket:
@@ -296,58 +285,3 @@ def _packet_socket() -> socket.socket:
 
 def _socket_address(offer: Offer) -> str:
     return "\0" + offer.address.removeprefix("@")
-
-
-@contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _memory_file(size_bytes: int) -> Iterator[int]:
-    """Zeroed memory that processes can share. None can shrink it, which would be a crash to the others."""
-    with _closing(os.memfd_create("penstock-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)) as descriptor:
-        os.ftruncate(descriptor, size_bytes)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        yield descriptor
-
-
-async def _map(descriptor: int) -> mmap.mmap:
-    """Maps a memory file and touches every page of it, a part per turn of the loop. Raises OSError.
-
-    The first touch of a page costs more than copying it, and for a page of shared memory a read is touch enough.
-    """
-    memory = mmap.mmap(descriptor, 0, mmap.MAP_SHARED)
-    try:
-        memory.madvise(mmap.MADV_DONTFORK)
-        for start in range(0, len(memory), FAULT_IN_BYTES):
-            _fault_in(memory, start, min(FAULT_IN_BYTES, len(memory) - start))
-            await asyncio.sleep(0)
-    except BaseException:
-        memory.close()
-        raise
-    return memory
-
-
-def _fault_in(memory: mmap.mmap, start: int, length: int) -> None:
-    try:
-        memory.madvise(_MADV_POPULATE_READ, start, length)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        for page in range(start, start + length, mmap.PAGESIZE):  # an older kernel
-            memory[page]
-
-
-def _unmap(memory: mmap.mmap, owner: str) -> None:
-    try:
-        memory.close()
-    except BufferError as error:
-        raise KvError(
-            f"the region of {owner} is still in use in this process and stays mapped: "
-            "detach the engine from it before leaving the transport's block"
-        ) from error

@@ -20,7 +20,7 @@ import uvloop
 from penstock import auth
 from penstock.blocks import KvLayout
 from penstock.errors import ConnectionLost, KvError, Refused, SetupError
-from penstock.transport import shm
+from penstock.transport import host_memory, shm
 from penstock.transport.api import Exported
 from penstock.transport.shm import ShmTransport
 from tests.support import errors_of_loop, run
@@ -127,7 +127,7 @@ def test_the_first_touch_has_happened_on_both_sides() -> None:
 
 
 def test_it_is_faulted_in_on_older_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "_MADV_POPULATE_READ", 9999)
+    monkeypatch.setattr(host_memory, "_MADV_POPULATE_READ", 9999)
 
     async def story() -> None:
         async with exporting() as exported:
@@ -152,7 +152,7 @@ def test_the_loop_turns_while_memory_is_faulted_in() -> None:
         counting = asyncio.create_task(count())
         async with exporting(2 * BLOCKS):
             counting.cancel()
-        assert turns >= 2 * BLOCKS * LAYOUT.block_bytes // shm.FAULT_IN_BYTES
+        assert turns >= 2 * BLOCKS * LAYOUT.block_bytes // host_memory.FAULT_IN_BYTES
 
     run(story())
 
