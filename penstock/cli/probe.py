@@ -11,9 +11,10 @@ from rich.table import Table
 
 from penstock.cli.output import OnProgress, check_writable, progress, write
 from penstock.cluster import Member
-from penstock.errors import PenstockError, SetupError
+from penstock.errors import ConnectionLost, PenstockError, SetupError
 from penstock.serve.probe import MeasureAsk, Measured, Row, decode_measured, decode_members, pairs
 from penstock.serve.rpc import Endpoint
+from penstock.topology.document import VERTEX_NAME
 from penstock.wire.stream import StreamWire
 
 
@@ -26,6 +27,8 @@ async def probe(join: str, token: str, size_mib: int, partners: int, out: Path |
     stream = StreamWire()
     async with Endpoint({"tcp": stream, "unix": stream}, token, {}) as endpoint:
         members = await find_members(endpoint, join)
+        if out is not None:
+            check_names(members)
         with progress(f"measuring between {len(members)} workers") as on_progress:
             rows = await measure(endpoint, pairs(members, partners), size_mib << 20, on_progress)
     if out is not None:
@@ -56,20 +59,38 @@ async def measure(
     rows = []
     for number, (source, target) in enumerate(some, start=1):
         try:
-            peer = await endpoint.peer(source.addresses)
-            async with peer.call("measure", MeasureAsk(target.addresses, bulk_bytes=size_bytes)) as call:
-                rows.append(Row(source.worker, target.worker, await call.receive(decode_measured)))
+            found = await _ask(endpoint, source, target, size_bytes)
+            rows.append(Row(source.worker, target.worker, found))
         except PenstockError as error:
             rows.append(Row(source.worker, target.worker, None, str(error)))
         on_progress(number / len(some))
     return rows
 
 
+async def _ask(endpoint: Endpoint, source: Member, target: Member, size_bytes: int) -> Measured:
+    """Raises what `source` raises, or ConnectionLost if it ends without an answer."""
+    peer = await endpoint.peer(source.addresses)
+    async with peer.call("measure", MeasureAsk(target.addresses, bulk_bytes=size_bytes)) as call:
+        if (found := await call.receive(decode_measured)) is None:
+            raise ConnectionLost(f"{source.worker} ended the measurement without a result: it may be stopping")
+        return found
+
+
+def check_names(members: Sequence[Member]) -> None:
+    """Before the time is spent. Raises SetupError if a worker's name cannot be that of a host in a topology file."""
+    for member in members:
+        if not VERTEX_NAME.fullmatch(member.worker):
+            raise SetupError(
+                f"--out: worker {member.worker!r} cannot be named in a topology file: use letters, digits, '.', '_' "
+                "and '-' in its --name, or leave --out away"
+            )
+
+
 def as_topology(members: Sequence[Member], rows: Sequence[Row]) -> str:
     """A topology file: a host for each worker, called as the worker is, and a link for each pair that was measured.
 
     A link has the lesser rate and the greater latency of its two directions, and a host's way to those to which nothing
-    was measured the worst of its links.
+    was measured the worst of its links. Names are quoted, as some would be numbers to YAML.
     """
     links: dict[frozenset[str], list[Measured]] = {}
     for row in rows:
@@ -79,10 +100,11 @@ def as_topology(members: Sequence[Member], rows: Sequence[Row]) -> str:
     for member in members:
         own = [one for pair, found in links.items() if member.worker in pair for one in found]
         nic = f", nic: {{{_worst(own)}}}" if own else ""
-        lines.append(f"  - {{preset: tcp-host, name: {member.worker}{nic}}}")
+        lines.append(f'  - {{preset: tcp-host, name: "{member.worker}"{nic}}}')
     lines += ["links:"] if links else []
     for pair, found in links.items():
-        lines.append(f"  - {{between: [{', '.join(sorted(pair))}], {_worst(found)}, medium: {found[0].medium}}}")
+        one, other = sorted(pair)
+        lines.append(f'  - {{between: ["{one}", "{other}"], {_worst(found)}, medium: {found[0].medium}}}')
     return "\n".join(lines) + "\n"
 
 

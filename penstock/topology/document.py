@@ -15,7 +15,7 @@ from penstock.topology import units
 
 DEEPEST = 60  # fields inside fields; also ends a file whose aliases lead back into themselves
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+VERTEX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Field:
 
     def name(self) -> str:
         """Of a vertex, which may look like a number."""
-        if not isinstance(self.node, yaml.ScalarNode) or not _NAME.fullmatch(self.node.value):
+        if not isinstance(self.node, yaml.ScalarNode) or not VERTEX_NAME.fullmatch(self.node.value):
             raise self.wrong(f"needs a name of letters, digits, '.', '_' and '-', not {_describe(self.node)}")
         return str(self.node.value)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from penstock.cli.probe import as_topology, find_members, measure
+from penstock import clock
+from penstock.blocks import KvLayout
+from penstock.cli.probe import as_topology, check_names, find_members, measure
+from penstock.cluster import Member
 from penstock.errors import SetupError
-from penstock.serve.probe import Row, pairs
+from penstock.serve.probe import Measured, Row, pairs
 from penstock.sim.faults import Weather
 from penstock.sim.loop import run_virtual
 from penstock.sim.processes import FRONTEND
@@ -52,6 +56,46 @@ def test_a_worker_that_died_fails_in_its_own_rows() -> None:
             assert all(row.failure for row in rows if row.measured is None)
 
     run_virtual(story())
+
+
+def test_a_worker_that_dies_while_it_measures_fails_in_its_own_rows() -> None:
+    async def story() -> None:
+        async with World(seed=1, shape=Shape(decode=2), weather=Weather(delay_s=1e-3)) as world:
+            members = [worker.member for worker in world.workers.values()]
+            some = [pair for pair in pairs(members, 0) if "decode-0" in (pair[0].worker, pair[1].worker)]
+            endpoint = world.router.endpoint
+            await measure(endpoint, some, 1 << 20, lambda share: None)  # all know each other now
+            begun_s = clock.now()
+            asyncio.get_running_loop().call_later(0.05, world.crash, "decode-0")  # in the first pair's bulk
+            rows = await measure(endpoint, pairs(members, 0), 256 << 20, lambda share: None)
+            failed = {(row.source, row.target) for row in rows if row.failure}
+            assert failed == {(source.worker, target.worker) for source, target in some}
+            assert all((row.measured is None) == bool(row.failure) for row in rows)
+            assert clock.now() - begun_s < 60
+            assert (await world.ask(tokens=200)).is_whole
+            await world.settle()
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("names", [("1", "2"), ("on", "off"), ("1e3", "0x10"), ("host.lab-17", "a_b")])
+def test_the_file_can_be_read_whatever_workers_are_called(names: tuple[str, str], tmp_path: Path) -> None:
+    members = called(*names)
+    check_names(members)
+    path = tmp_path / "measured.yaml"
+    path.write_text(as_topology(members, [Row(*names, Measured("unix", 1e-5, 1e9, 1 << 20))]))
+    assert FileTopology(Options(path)).load().path(*names).bytes_per_s == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize("name", ["rack/w0", "w*", "a b", "a,b", "w: x", "#w", '"w"'])
+def test_a_name_that_no_file_can_hold_is_refused(name: str) -> None:
+    with pytest.raises(SetupError, match="cannot be named in a topology file"):
+        check_names(called("w0", name))
+
+
+def called(*names: str) -> list[Member]:
+    layout = KvLayout(layers=1, kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
+    return [Member(name, 1, "any", "m", (f"memory:{name}",), layout, 1, 16) for name in names]
 
 
 def test_a_frontend_tells_who_is_there() -> None:
