@@ -1,0 +1,172 @@
+"""KV over TCP: regions in host memory that workers anywhere write into, over connections that are kept.
+
+The bytes go from the writer's region to its kernel, and from the owner's kernel to where they belong in its region:
+nothing is copied in between. That happens on a thread of its own on either side, so the workers' loops keep turning.
+See `tcp_frames` for what is said, `tcp_writer` and `tcp_owner` for the two sides, and `tcp_options` for limits.
+
+    writer                                               owner
+    Pipe.write --> Sending --> frames --> lanes ======> lanes --> region
+    Pipe.flush <-- all placed <----------- replies ----- a frame is in place
+
+Who may write is decided where the bytes arrive. An owner that revokes a writer (`Exported.kill`) closes its sessions,
+and nothing of them is received any more, though the writer be frozen with bytes on their way: no process must die for
+it. Both sides prove that they know the token. What follows is not encrypted: for untrusted networks put a tunnel below.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Self
+
+import msgspec
+
+from penstock.blocks import BlockId, KvLayout, Region
+from penstock.errors import KvError, Refused, SetupError, UnsafeBind
+from penstock.transport import host_memory
+from penstock.transport.api import Attached, Exported, Offer
+from penstock.transport.io_thread import IoThread
+from penstock.transport.tcp_frames import is_loopback
+from penstock.transport.tcp_options import Options
+from penstock.transport.tcp_owner import Receiver
+from penstock.transport.tcp_writer import Moved, Peer, Sending
+
+__all__ = ["NAME", "Moved", "Options", "TcpPipe", "TcpTransport"]
+
+NAME = "tcp"
+
+
+class TcpTransport:
+    """See `transport.api.Transport`. Used inside its own block: its thread and connections end with that.
+
+    `token` is asked of peers, and shown to owners.
+    """
+
+    name = NAME
+    is_in_place = False
+    memory = ""
+
+    def __init__(self, token: str, options: Options = Options()) -> None:
+        self._token = token
+        self._options = options
+        self._io = IoThread("penstock-kv-tcp")
+        self._peers: dict[tuple[str, int, str, str], Peer] = {}
+
+    async def __aenter__(self) -> Self:
+        await self._io.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for peer in self._peers.values():
+            self._io.call(peer.close)
+        self._peers.clear()
+        await self._io.__aexit__()
+
+    @asynccontextmanager
+    async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
+        """See `transport.api.Transport`. Raises SetupError for want of memory, or of an address to listen at."""
+        _check_host(self._options.host, self._token)
+        offer = Offer(NAME, owner, epoch, "", layout, blocks)
+        async with host_memory.made(owner, blocks * layout.block_bytes) as (_, buffer):
+            receiver = Receiver(offer, buffer, self._token, self._options)
+            try:
+                offer = msgspec.structs.replace(offer, address=await self._io.run(receiver.open()))
+                yield _Export(Region(owner, epoch, layout, blocks, buffer), offer, self._io, receiver)
+            finally:
+                await self._io.run_out(receiver.close())
+
+    def attach(self, offer: Offer, writer: str) -> AbstractAsyncContextManager[Attached]:
+        """Always raises Refused: it is another host's memory."""
+        raise Refused(f"{writer} cannot compute in the memory of {offer.owner} over {NAME}: connect, and write into it")
+
+    @asynccontextmanager
+    async def connect(self, offer: Offer, source: Region, writer: str) -> AsyncIterator[TcpPipe]:
+        """See `transport.api.Transport`."""
+        if source.buffer is None:
+            raise Refused(f"the blocks of {source.owner} are not in host memory, so {NAME} cannot send them")
+        with self._using(offer, writer) as peer:
+            sending = Sending(peer, source.buffer)
+            try:
+                await self._io.run(sending.open())
+                if source.layout != offer.layout:
+                    raise Refused(f"{offer.owner} keeps KV as {offer.layout}, {source.owner} as {source.layout}")
+                yield TcpPipe(self._io, sending, source.blocks, offer)
+            finally:
+                await self._io.run_out(sending.leave())
+
+    @contextmanager
+    def _using(self, offer: Offer, writer: str) -> Iterator[Peer]:
+        for key in [key for key, peer in self._peers.items() if peer.is_idle]:
+            del self._peers[key]
+        key = (*offer.key, offer.address, writer)
+        peer = self._peers.get(key)
+        if peer is None:
+            peer = self._peers[key] = Peer(offer, writer, self._token, self._options)
+        peer.users += 1
+        try:
+            yield peer
+        finally:
+            peer.users -= 1
+
+
+class _Export:
+    """See `transport.api.Exported`."""
+
+    def __init__(self, region: Region, offer: Offer, io: IoThread, receiver: Receiver) -> None:
+        self.region = region
+        self.offer = offer
+        self._io = io
+        self._receiver = receiver
+
+    async def wait_gone(self, writer: str) -> None:
+        """Returns once every pipe is closed that `writer` has open now."""
+        await self._io.run(self._receiver.wait_gone(writer))
+
+    def kill(self, writer: str) -> None:
+        """Closes every pipe of `writer`, whatever that is doing."""
+        self._io.call(self._receiver.revoke, writer)
+
+
+class TcpPipe:
+    """See `transport.api.Pipe`."""
+
+    def __init__(self, io: IoThread, sending: Sending, blocks: int, offer: Offer) -> None:
+        self._io = io
+        self._sending = sending
+        self._blocks = blocks
+        self._offer = offer
+
+    @property
+    def moved(self) -> Moved:
+        """So far."""
+        return self._sending.moved
+
+    def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """See `transport.api.Pipe`. Raises KvError for blocks that do not exist."""
+        pairs = tuple(blocks)
+        for here, there in pairs:
+            if not (0 <= here < self._blocks and 0 <= there < self._offer.blocks):
+                raise KvError(
+                    f"block {here} of {self._blocks} cannot be written to block {there} of the {self._offer.blocks} "
+                    f"of {self._offer.owner}"
+                )
+        self._io.call(self._sending.write, pairs)
+
+    async def flush(self) -> None:
+        """See `transport.api.Pipe`."""
+        await self._io.run(self._sending.flush())
+
+
+def _check_host(host: str, token: str) -> None:
+    """Raises UnsafeBind if strangers could write KV, SetupError for an address that means none in particular."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        is_local = host == "localhost"
+    else:
+        is_local = is_loopback(host)
+        if address.is_unspecified:
+            raise SetupError(f"peers cannot dial {host}: offer KV at the address by which they reach this host")
+    if not is_local and not token:
+        raise UnsafeBind(f"KV at {host} could be written by anybody: set PENSTOCK_TOKEN, or offer it at 127.0.0.1")

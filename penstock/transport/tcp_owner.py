@@ -1,0 +1,390 @@
+"""The owner's side of the `tcp` transport: takes what writers send straight into the region.
+
+    link        all connections of one incarnation of a writer; ends with the first of them that ends
+    session     a pipe of it: open -> closed by the writer, or ended with its link
+    lane        one connection, which receives one frame at a time
+
+All of it lives on the I/O thread, and a lane writes into the region only while one of its callbacks runs. So once a
+callback has closed a session nothing is written for it any more, whatever the kernel still holds: unlike memory that
+is mapped, a region reached this way can be taken back from a writer that is frozen, or beyond a broken network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from itertools import islice
+
+from penstock import auth
+from penstock.errors import AddressInUse, PenstockError, Refused, SetupError, StaleEpoch, WireError, to_wire
+from penstock.transport.api import Offer
+from penstock.transport.offers import check
+from penstock.transport.tcp_frames import (
+    CLOSE,
+    CLOSED,
+    DAMAGED,
+    DATA,
+    DIGEST,
+    DROPPED,
+    GOODBYE,
+    HEAD,
+    MAX_FRAME_BYTES,
+    MAX_RANGES,
+    MAX_REASON_BYTES,
+    OPEN,
+    OPENED,
+    PIECES,
+    PLACED,
+    PURPOSE,
+    RANGE,
+    REPLY,
+    Hello,
+    advance,
+    answer_hello,
+    digest,
+    new_socket,
+    read_hello,
+)
+from penstock.transport.tcp_options import Options
+
+log = logging.getLogger(__name__)
+
+LISTEN_BACKLOG = 1024
+LINGER_S = 1.0  # for a peer to read why it was cut
+
+_WASTE = memoryview(bytearray(1 << 20))  # where bytes go that nobody wants any more
+
+
+class BadFrame(WireError):
+    """A peer that knows the token broke the protocol."""
+
+
+class Receiver:
+    """Listens for the writers of one region. `offer` has no address before `open` returned one."""
+
+    def __init__(self, offer: Offer, buffer: memoryview, token: str, options: Options) -> None:
+        self._offer = offer
+        self._buffer = buffer
+        self._token = token
+        self._options = options
+        self._links: dict[str, _Link] = {}  # by writer
+        self._stack = AsyncExitStack()
+
+    async def open(self) -> str:
+        """Listens, and returns the address. Raises AddressInUse or SetupError."""
+        listener = self._stack.enter_context(await _listening(self._options.host, self._options.port))
+        await self._stack.enter_async_context(auth.admitting(listener, self._token, PURPOSE, self._serve))
+        host, port = listener.getsockname()[:2]
+        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+
+    async def close(self) -> None:
+        """Nothing is written any more, and the region's memory not referred to."""
+        for link in list(self._links.values()):
+            link.end(f"{self._offer.owner} withdrew its region")
+        await self._stack.aclose()
+
+    async def wait_gone(self, writer: str) -> None:
+        """Returns when no session is open that `writer` had open at the call."""
+        if (link := self._links.get(writer)) is not None:
+            for gone in list(link.sessions.values()):
+                await gone.wait()
+
+    def revoke(self, writer: str) -> None:
+        """Ends all sessions of `writer`. It may come back with new ones."""
+        if (link := self._links.get(writer)) is not None and link.sessions:
+            link.end(f"{self._offer.owner} took its memory back from {writer}")
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """Receives from one connection of a peer that knows the token, until its link ends."""
+        async with asyncio.timeout(self._options.hello_s):
+            hello = await read_hello(sock)
+            try:
+                link = self._link_of(hello)
+            except PenstockError as error:
+                await answer_hello(sock, to_wire(error))
+                return
+            lane = _Lane(link, sock, self._buffer)
+            link.lanes.append(lane)
+            try:
+                await answer_hello(sock, None)
+            except BaseException:
+                link.end("a connection of it was lost as it began")
+                raise
+        try:
+            lane.start()
+            await lane.ended.wait()
+        finally:
+            link.end("the listener was closed")
+            lane.close()
+
+    def _link_of(self, hello: Hello) -> _Link:
+        """Raises StaleEpoch or Refused. By then an older link of the writer has ended: it cannot need that any more."""
+        link = self._links.get(hello.writer)
+        if link is not None and link.name != hello.link:
+            link.end(f"{hello.writer} came back on another link")
+            link = None
+        if (hello.offer.owner, hello.offer.epoch) != self._offer.key:
+            raise StaleEpoch(
+                f"the offer is of {hello.offer.owner} in epoch {hello.offer.epoch}, here is {self._offer.owner} "
+                f"in epoch {self._offer.epoch}: ask it for its offer again"
+            )
+        check(hello.offer, self._offer)
+        if link is None:
+            link = self._new_link(hello)
+        elif len(link.lanes) >= self._options.max_connections:
+            raise Refused(f"{hello.writer} has {len(link.lanes)} connections to {self._offer.owner}, its limit")
+        return link
+
+    def _new_link(self, hello: Hello) -> _Link:
+        if len(self._links) >= self._options.max_peers:
+            raise Refused(f"{self._offer.owner} has {len(self._links)} writers connected, its limit")
+        link = _Link(hello.link, hello.writer, hello.has_checksums, self._options.max_pipes, self._forget)
+        self._links[hello.writer] = link
+        return link
+
+    def _forget(self, link: _Link) -> None:
+        if self._links.get(link.writer) is link:
+            del self._links[link.writer]
+
+
+class _Link:
+    """The connections of one writer. `on_end` is told its end, once."""
+
+    def __init__(
+        self, name: bytes, writer: str, has_checksums: bool, max_sessions: int, on_end: Callable[[_Link], None]
+    ) -> None:
+        self.name = name
+        self.writer = writer
+        self.has_checksums = has_checksums
+        self.lanes: list[_Lane] = []
+        self.sessions: dict[int, asyncio.Event] = {}  # set when gone, by number
+        self._max_sessions = max_sessions
+        self._on_end: Callable[[_Link], None] | None = on_end
+
+    def open(self, session: int) -> None:
+        """Raises BadFrame."""
+        if session in self.sessions:
+            raise BadFrame(f"session {session} was opened twice")
+        if len(self.sessions) >= self._max_sessions:
+            raise BadFrame(f"{len(self.sessions)} sessions are open, the limit")
+        self.sessions[session] = asyncio.Event()
+
+    def close(self, session: int) -> None:
+        """Nothing is written for it from now on. For one that is not open it does nothing."""
+        for lane in self.lanes:
+            lane.waste(session)
+        if (gone := self.sessions.pop(session, None)) is not None:
+            gone.set()
+
+    def end(self, reason: str) -> None:
+        """Closes all sessions and connections. Idempotent."""
+        if self._on_end is None:
+            return
+        on_end, self._on_end = self._on_end, None
+        log.info("the link from %s has ended: %s", self.writer, reason)
+        for lane in self.lanes:
+            lane.stop(reason)
+        for gone in self.sessions.values():
+            gone.set()
+        self.sessions.clear()
+        on_end(self)
+
+
+class _Lane:
+    """One connection. `_wanted` is the memory that what comes next belongs into, `_then` what to do when it is full."""
+
+    def __init__(self, link: _Link, sock: socket.socket, buffer: memoryview) -> None:
+        self.ended = asyncio.Event()
+        self._is_stopped = False
+        self._deadline: asyncio.TimerHandle | None = None  # for the peer to close
+        self._link = link
+        self._sock = sock
+        self._buffer = buffer
+        self._wanted: deque[memoryview] = deque()
+        self._then: Callable[[], None] = self._on_head
+        self._head = bytearray(HEAD.size)
+        self._table = bytearray()
+        self._session = 0  # of the frame that is coming
+        self._number = 0
+        self._ranges = 0
+        self._payload: list[memoryview] = []  # where it goes; empty where it is thrown away
+
+    def start(self) -> None:
+        if not self._is_stopped:
+            self._want_head()
+            asyncio.get_running_loop().add_reader(self._sock, self._on_readable)
+
+    def stop(self, reason: str) -> None:
+        """Nothing more goes into the region. Tells the peer why, and closes once that has read it and closed too.
+
+        A connection that is closed while bytes come in is reset, and the peer may lose what was said last.
+        """
+        self._is_stopped = True
+        self._wanted.clear()
+        self._payload.clear()
+        text = reason.encode()[:MAX_REASON_BYTES]
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._sock)
+        try:
+            self._sock.send(REPLY.pack(GOODBYE, 0, len(text)) + text)
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:  # it is gone, or does not read
+            self.close()
+            return
+        loop.add_reader(self._sock, self._drain)
+        self._deadline = loop.call_later(LINGER_S, self.close)
+
+    def close(self) -> None:
+        """Idempotent. What `stop` is for must have happened."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if not self.ended.is_set():
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+            self.ended.set()
+
+    def waste(self, session: int) -> None:
+        """What is still to come of this session's frame goes nowhere."""
+        if self._payload and self._session == session:
+            self._payload.clear()
+            self._wanted = _wasted(sum(map(len, self._wanted)))
+
+    def _on_readable(self) -> None:
+        for _ in range(3):  # the head of a frame, its ranges, and what is there of its bytes
+            if self._is_stopped or not self._receive():
+                return
+
+    def _receive(self) -> bool:
+        """One call of the kernel; whether there may be more."""
+        try:
+            count = self._sock.recvmsg_into(list(islice(self._wanted, PIECES)))[0]
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._link.end(f"a connection was lost: {error.strerror}")
+            return False
+        if not count:
+            self._link.end("it closed a connection")
+            return False
+        advance(self._wanted, count)
+        try:
+            if not self._wanted:
+                self._then()
+        except BadFrame as error:
+            log.warning("%s broke the protocol and is cut: %s", self._link.writer, error)
+            self._link.end(f"you broke the protocol: {error}")
+        return True
+
+    def _drain(self) -> None:
+        try:
+            count = self._sock.recv_into(_WASTE)
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if not count:
+            self.close()
+
+    def _want_head(self) -> None:
+        self._wanted.append(memoryview(self._head))
+        self._then = self._on_head
+
+    def _on_head(self) -> None:
+        kind, self._session, self._number, self._ranges = HEAD.unpack(self._head)
+        if kind == DATA:
+            self._want_table()
+            return
+        if kind == OPEN:
+            self._link.open(self._session)
+            self._reply(OPENED)
+        elif kind == CLOSE:
+            self._link.close(self._session)
+            self._reply(CLOSED)
+        else:
+            raise BadFrame(f"there are no frames of kind {kind}")
+        self._want_head()
+
+    def _want_table(self) -> None:
+        if not 0 < self._ranges <= MAX_RANGES:
+            raise BadFrame(f"a frame has {self._ranges} ranges; 1 to {MAX_RANGES} may be")
+        self._table = bytearray(self._ranges * RANGE.size + (2 * DIGEST.size if self._link.has_checksums else 0))
+        self._wanted.append(memoryview(self._table))
+        self._then = self._on_table
+
+    def _on_table(self) -> None:
+        """Raises BadFrame unless every byte of the frame belongs into the region."""
+        if self._link.has_checksums:
+            (expected,) = DIGEST.unpack_from(self._table, len(self._table) - DIGEST.size)
+            if digest((self._head, memoryview(self._table)[: -DIGEST.size])) != expected:
+                raise BadFrame("the head of a frame was damaged on its way")
+        ranges = list(RANGE.iter_unpack(memoryview(self._table)[: self._ranges * RANGE.size]))
+        for start, length in ranges:
+            if not length or start + length > len(self._buffer):
+                raise BadFrame(f"{length} bytes from {start} on are not in a region of {len(self._buffer)}")
+        size = sum(length for _, length in ranges)
+        if size > MAX_FRAME_BYTES:
+            raise BadFrame(f"a frame has {size} bytes; the limit is {MAX_FRAME_BYTES}")
+        if self._session in self._link.sessions:
+            self._payload = [self._buffer[start : start + length] for start, length in ranges]
+            self._wanted.extend(self._payload)
+        else:  # closed since it was sent
+            self._wanted.extend(_wasted(size))
+        self._then = self._on_payload
+
+    def _on_payload(self) -> None:
+        self._reply(self._verdict())
+        self._payload.clear()
+        if not self._is_stopped:
+            self._want_head()
+
+    def _verdict(self) -> int:
+        if not self._payload:
+            return DROPPED
+        if not self._link.has_checksums:
+            return PLACED
+        (expected,) = DIGEST.unpack_from(self._table, len(self._table) - 2 * DIGEST.size)
+        return PLACED if digest(self._payload) == expected else DAMAGED
+
+    def _reply(self, kind: int) -> None:
+        """A peer that lets replies fill the kernel's buffers, many thousands of them, is cut."""
+        reply = REPLY.pack(kind, self._session, self._number)
+        try:
+            if self._sock.send(reply) == len(reply):
+                return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._link.end(f"a connection was lost: {error.strerror}")
+            return
+        raise BadFrame("it does not read what it is answered")
+
+
+def _wasted(size: int) -> deque[memoryview]:
+    """Memory for `size` bytes that nobody wants."""
+    whole, rest = divmod(size, len(_WASTE))
+    return deque([_WASTE] * whole + ([_WASTE[:rest]] if rest else []))
+
+
+async def _listening(host: str, port: int) -> socket.socket:
+    """Raises AddressInUse or SetupError."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise SetupError(f"cannot offer KV at {host}: no host of that name ({error.strerror})") from error
+    family, _, _, _, where = found[0]
+    listener = new_socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{host}:{port} is in use: choose another port for KV, or 0 for a free one") from error
+        raise SetupError(f"cannot offer KV at {host}:{port}: {error.strerror or error}") from error
+    return listener

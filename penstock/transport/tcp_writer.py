@@ -1,0 +1,522 @@
+"""The writer's side of the `tcp` transport: keeps a link to each owner, over which its pipes take turns.
+
+    peer        an owner, as this writer knows it: one link at a time, dialled when it is needed
+    link        several connections; lost with the first of them that is lost
+    sending     a pipe: a backlog of blocks, cut into frames when there is room for one
+    lane        one connection, which sends one frame at a time
+
+All of it lives on the I/O thread. A frame is as long as what its connection sends in `CHUNK_S`, and after each the next
+pipe has its turn, so that none waits long for a big one. Frames go from this worker's region to the kernel as they lie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import socket
+import struct
+import termios
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from penstock import auth, clock
+from penstock.blocks import BlockId
+from penstock.errors import ConnectionLost, PenstockError, Refused, StaleEpoch
+from penstock.transport.api import Offer
+from penstock.transport.tcp_backlog import Backlog, Run
+from penstock.transport.tcp_frames import (
+    CLOSE,
+    CLOSED,
+    DAMAGED,
+    GOODBYE,
+    HEAD,
+    MAX_RANGES,
+    MAX_REASON_BYTES,
+    OPEN,
+    OPENED,
+    PIECES,
+    PLACED,
+    PURPOSE,
+    REPLY,
+    Hello,
+    advance,
+    data_head,
+    dial,
+    is_loopback,
+    say_hello,
+)
+from penstock.transport.tcp_options import Options
+
+log = logging.getLogger(__name__)
+
+CHUNK_S = 0.005  # that a frame should take on its connection
+MIN_CHUNK_BYTES = 64 << 10
+MAX_CHUNK_BYTES = 4 << 20
+FIRST_CHUNK_BYTES = 1 << 20  # of a connection that has not been measured
+ATTEMPTS = 2  # at getting a frame over undamaged
+REDIAL_S = 0.5
+
+_QUEUED = struct.Struct("i")
+_REPLIES_BYTES = 1 << 16
+_FILLER = memoryview(bytes(1 << 20))  # for the rest of a frame that nobody wants any more
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What of a transfer is in place: `seconds` in which something was on its way, in `descriptors` pieces."""
+
+    size_bytes: int = 0
+    seconds: float = 0.0
+    descriptors: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Frame:
+    sending: Sending
+    number: int
+    runs: list[Run]
+    size: int
+    attempt: int
+    loaded_s: float
+
+
+class Peer:
+    """The way to one owner. Pipes share its link."""
+
+    def __init__(self, offer: Offer, writer: str, token: str, options: Options) -> None:
+        self.offer = offer
+        self.options = options
+        self.users = 0  # pipes; counted by the transport, on its own loop
+        self._writer = writer
+        self._token = token
+        self._link: Link | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody uses it, and it has nothing that is worth keeping."""
+        return not self.users and (self._link is None or self._link.error is not None)
+
+    async def link(self) -> Link:
+        """The link, or a new one if it was lost: then nothing of the older one is taken by the owner any more.
+
+        Raises Refused, StaleEpoch or ConnectionLost.
+        """
+        async with self._lock:
+            if self._link is None or self._link.error is not None:
+                self._link = await self._dial()
+            return self._link
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.fail(ConnectionLost(f"{self._writer} closed its transport"))
+
+    async def _dial(self) -> Link:
+        owner, sockets = self.offer.owner, list[socket.socket]()
+        try:
+            async with asyncio.timeout(self.options.dial_s):
+                name, has_checksums = clock.nonce(16), True
+                for _ in range(self.options.connections):
+                    sockets.append(sock := await dial(self.offer.address))
+                    await auth.join(sock, self._token, PURPOSE, owner)
+                    if len(sockets) == 1:
+                        has_checksums = self._has_checksums(sock)
+                    await say_hello(sock, Hello(self.offer, self._writer, name, has_checksums))
+        except BaseException as error:
+            for sock in sockets:
+                sock.close()
+            if isinstance(error, TimeoutError):
+                raise ConnectionLost(f"{owner} gave no answer within {self.options.dial_s:g} s when dialled") from None
+            if isinstance(error, OSError):
+                raise ConnectionLost(f"lost {owner} at {self.offer.address} when dialling: {error}") from error
+            raise
+        return Link(self.offer, self.options, sockets, has_checksums)
+
+    def _has_checksums(self, sock: socket.socket) -> bool:
+        asked = self.options.has_checksums
+        return not is_loopback(sock.getpeername()[0]) if asked is None else asked
+
+
+class Link:
+    """The connections to an owner. `error` is set once they are lost; `is_ended_there` if the owner said so itself."""
+
+    def __init__(self, offer: Offer, options: Options, sockets: Sequence[socket.socket], has_checksums: bool) -> None:
+        self.offer = offer
+        self.options = options
+        self.has_checksums = has_checksums
+        self.error: PenstockError | None = None
+        self.is_ended_there = False
+        self._numbers = 0  # given to sessions and frames so far
+        self._replies = 0
+        self._sessions: dict[int, Sending] = {}
+        self._turns: deque[Sending] = deque()  # who has something to send, the next one first
+        self._frames: dict[int, _Frame] = {}  # that the owner has not answered for
+        share_bytes = options.max_outstanding_bytes // len(sockets)
+        self._lanes = [_Lane(self, sock, share_bytes) for sock in sockets]
+
+    # For pipes
+
+    def register(self, sending: Sending) -> int:
+        """The number of a new session."""
+        self._numbers += 1
+        self._sessions[self._numbers] = sending
+        return self._numbers
+
+    def say(self, kind: int, session: int) -> None:
+        self._lanes[0].say(HEAD.pack(kind, session, 0, 0))
+
+    def send(self, sending: Sending) -> None:
+        """It has something to send."""
+        if sending not in self._turns:
+            self._turns.append(sending)
+        for lane in self._lanes:
+            lane.wake()
+
+    def withdraw(self, sending: Sending) -> None:
+        """Nothing that lies in its memory is sent from now on."""
+        if sending in self._turns:
+            self._turns.remove(sending)
+        for lane in self._lanes:
+            lane.blank(sending)
+
+    def forget(self, session: int) -> None:
+        self._sessions.pop(session, None)
+
+    async def wait(self, event: asyncio.Event) -> None:
+        """Waits for an event of a registered pipe, which the loss of this link also sets: so does want of progress."""
+        while not event.is_set():
+            before = self._progress()
+            try:
+                async with asyncio.timeout(self.options.stalled_s):
+                    await event.wait()
+            except TimeoutError:
+                if self._progress() == before:
+                    self.fail(
+                        ConnectionLost(f"{self.offer.owner} took and said nothing for {self.options.stalled_s:g} s")
+                    )
+
+    def fail(self, error: PenstockError) -> None:
+        """Ends it for all pipes. Idempotent."""
+        if self.error is not None:
+            return
+        self.error = error
+        log.info("the link to %s has ended: %s", self.offer.owner, error)
+        for lane in self._lanes:
+            lane.stop()
+        sessions = list(self._sessions.values())
+        self._sessions.clear()
+        self._turns.clear()
+        self._frames.clear()
+        for sending in sessions:
+            sending.on_lost(error)
+
+    # For lanes
+
+    @property
+    def has_turns(self) -> bool:
+        return bool(self._turns)
+
+    def next_frame(self, limit_bytes: int) -> _Frame:
+        """Of the pipe whose turn it is; only while it `has_turns`."""
+        sending = self._turns.popleft()
+        self._numbers += 1
+        frame = sending.next_frame(self._numbers, limit_bytes)
+        self._frames[frame.number] = frame
+        if sending.has_more:
+            self._turns.append(sending)
+        return frame
+
+    def on_reply(self, kind: int, session: int, number: int, lane: _Lane) -> None:
+        self._replies += 1
+        if kind in (OPENED, CLOSED):
+            if (sending := self._sessions.get(session)) is not None:
+                sending.on_answer(kind)
+            return
+        frame = self._frames.pop(number, None)
+        if frame is None:
+            self.fail(ConnectionLost(f"{self.offer.owner} answered for frame {number}, which it was not sent"))
+            return
+        lane.on_reply(frame)
+        frame.sending.on_placed(frame) if kind == PLACED else frame.sending.on_not_placed(frame, kind == DAMAGED)
+
+    def on_goodbye(self, reason: str) -> None:
+        self.is_ended_there = True
+        self.fail(ConnectionLost(f"{self.offer.owner} ended the link: {reason}"))
+
+    def _progress(self) -> tuple[int, int]:
+        """Changes while bytes or replies arrive anywhere."""
+        return self._replies, sum(lane.arrived_bytes for lane in self._lanes)
+
+
+class Sending:
+    """A pipe on the I/O thread.   new -> open (`write`, `flush`) -> left;  lost with its link at any time"""
+
+    def __init__(self, peer: Peer, source: memoryview) -> None:
+        self.moved = Moved()
+        self._peer = peer
+        self._source = source
+        self._backlog = Backlog(peer.offer.layout.block_bytes)
+        self._again: deque[_Frame] = deque()  # arrived damaged
+        self._link: Link | None = None
+        self._session = 0
+        self._unplaced = 0  # frames
+        self._began_s = 0.0  # when there was something to do, after there was nothing
+        self._error: PenstockError | None = None
+        self._answered = asyncio.Event()  # OPENED, then CLOSED, or lost
+        self._settled = asyncio.Event()  # everything is placed, or nothing more will be
+        self._settled.set()
+
+    @property
+    def has_more(self) -> bool:
+        return bool(self._backlog or self._again)
+
+    async def open(self) -> None:
+        """Raises Refused, StaleEpoch or ConnectionLost."""
+        self._link = link = await self._peer.link()
+        self._session = link.register(self)
+        link.say(OPEN, self._session)
+        await link.wait(self._answered)
+        if self._error is not None:
+            raise self._error
+
+    def write(self, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
+        if self._error is not None or self._link is None or not pairs:
+            return  # `flush` says so
+        if self._settled.is_set():
+            self._settled.clear()
+            self._began_s = clock.now()
+        self._backlog.add(pairs)
+        self._link.send(self)
+
+    async def flush(self) -> None:
+        """Raises ConnectionLost."""
+        if self._link is not None:
+            await self._link.wait(self._settled)
+        if self._error is not None:
+            raise self._error
+
+    async def leave(self) -> None:
+        """Returns when nothing is written any more, for certain. Raises ConnectionLost if that cannot be found out."""
+        link, self._link = self._link, None
+        if link is None or not self._session:
+            return
+        self._backlog.clear()
+        self._again.clear()
+        is_under_way = self._unplaced > 0
+        link.withdraw(self)
+        if link.error is None:
+            self._answered.clear()
+            link.say(CLOSE, self._session)
+            if is_under_way:
+                await link.wait(self._answered)
+            link.forget(self._session)
+        if is_under_way and link.error is not None and not link.is_ended_there:
+            await self._wait_proof()
+
+    def next_frame(self, number: int, limit_bytes: int) -> _Frame:
+        """Only while it `has_more`."""
+        now = clock.now()
+        self._unplaced += 1
+        if self._again:
+            bad = self._again.popleft()
+            return _Frame(self, number, bad.runs, bad.size, bad.attempt + 1, now)
+        runs = self._backlog.take(limit_bytes, MAX_RANGES)
+        return _Frame(self, number, runs, sum(run.size for run in runs), 1, now)
+
+    def pieces(self, frame: _Frame) -> list[memoryview]:
+        """All of a frame as it is sent."""
+        payload = [self._source[run.source : run.source + run.size] for run in frame.runs]
+        ranges = [(run.target, run.size) for run in frame.runs]
+        has_checksums = self._link is not None and self._link.has_checksums
+        head = data_head(self._session, frame.number, ranges, payload if has_checksums else None)
+        return [memoryview(head), *payload]
+
+    def on_answer(self, kind: int) -> None:
+        self._answered.set()
+
+    def on_placed(self, frame: _Frame) -> None:
+        self._unplaced -= 1
+        moved = self.moved
+        seconds = moved.seconds
+        if not self._unplaced and not self.has_more:
+            seconds += clock.now() - self._began_s
+            self._settled.set()
+        self.moved = Moved(moved.size_bytes + frame.size, seconds, moved.descriptors + len(frame.runs))
+
+    def on_not_placed(self, frame: _Frame, is_damaged: bool) -> None:
+        """Sends it once more, unless the pipe was left."""
+        self._unplaced -= 1
+        link, owner = self._link, self._peer.offer.owner
+        if link is None:
+            return
+        if not is_damaged:
+            link.fail(ConnectionLost(f"{owner} threw away what an open pipe sent"))
+        elif frame.attempt == ATTEMPTS:
+            link.fail(ConnectionLost(f"{frame.size} bytes for {owner} were damaged on their way {ATTEMPTS} times"))
+        else:
+            log.warning("%d bytes for %s were damaged on their way and are sent again", frame.size, owner)
+            self._again.append(frame)
+            link.send(self)
+
+    def on_lost(self, error: PenstockError) -> None:
+        self._error = error
+        self._backlog.clear()
+        self._again.clear()
+        self._answered.set()
+        self._settled.set()
+
+    async def _wait_proof(self) -> None:
+        """The link is lost, and bytes of it may still wait to be received: its successor ends it at the owner, too."""
+        try:
+            async with asyncio.timeout(self._peer.options.leave_s):
+                while True:
+                    try:
+                        await self._peer.link()
+                        return
+                    except (Refused, StaleEpoch):
+                        return  # the owner ended that link before it refused this one, or is gone
+                    except ConnectionLost as error:
+                        log.info("cannot ask whether an earlier link is closed, trying again: %s", error)
+                        await asyncio.sleep(REDIAL_S)
+        except TimeoutError:
+            raise ConnectionLost(
+                f"{self._peer.offer.owner} could not be reached for {self._peer.options.leave_s:g} s to close a "
+                "transfer: until it revokes it, bytes may still be written"
+            ) from None
+
+
+class _Lane:
+    """One connection: what is to be said first, then frames."""
+
+    def __init__(self, link: Link, sock: socket.socket, max_outstanding_bytes: int) -> None:
+        self._link = link
+        self._sock = sock
+        self._max_outstanding_bytes = max_outstanding_bytes
+        self._outstanding_bytes = 0  # sent or being sent, and not answered for
+        self._chunk_bytes = FIRST_CHUNK_BYTES
+        self._replied_s = 0.0
+        self._sent_bytes = 0
+        self._said: deque[bytes] = deque()
+        self._frame: _Frame | None = None  # that `_pieces` is the rest of
+        self._pieces: deque[memoryview] = deque()
+        self._is_waiting = False  # for room in the kernel
+        self._inbox = bytearray()
+        asyncio.get_running_loop().add_reader(sock, self._on_readable)
+
+    @property
+    def arrived_bytes(self) -> int:
+        """So many bytes has the peer's kernel acknowledged."""
+        if self._link.error is not None:
+            return self._sent_bytes
+        (queued,) = _QUEUED.unpack(fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(_QUEUED.size)))
+        return self._sent_bytes - int(queued)
+
+    def say(self, message: bytes) -> None:
+        self._said.append(message)
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        if not self._is_waiting and self._link.error is None:
+            self._push()
+
+    def blank(self, sending: Sending) -> None:
+        """The rest of a frame of it, which must be sent for the next one to be found, is sent from elsewhere."""
+        if self._frame is None or self._frame.sending is not sending:
+            return
+        rest = sum(map(len, self._pieces))
+        if not rest:
+            return
+        size = min(rest, self._frame.size)  # of the payload
+        kept = [self._pieces[0]] if rest > size else []  # the head, all of it or its end
+        whole, end = divmod(size, len(_FILLER))
+        self._pieces = deque([*kept, *[_FILLER] * whole, *([_FILLER[:end]] if end else [])])
+
+    def stop(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._sock)
+        asyncio.get_running_loop().remove_writer(self._sock)
+        self._sock.close()
+        self._pieces.clear()
+        self._frame = None
+
+    def on_reply(self, frame: _Frame) -> None:
+        """The owner answered for a frame that was sent here."""
+        self._outstanding_bytes -= frame.size
+        now = clock.now()
+        took_s = now - max(frame.loaded_s, self._replied_s)
+        self._replied_s = now
+        if frame.size * 2 > self._chunk_bytes and took_s > 0:  # short ones tell more of latency
+            fitting = int(frame.size * CHUNK_S / took_s)
+            self._chunk_bytes = min(max((self._chunk_bytes + fitting) // 2, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+        self.wake()
+
+    def _push(self) -> None:
+        """One call of the kernel; the loop calls again when it has room, as long as there is more."""
+        if self._pieces or self._load():
+            try:
+                count = self._sock.sendmsg(list(islice(self._pieces, PIECES)))
+            except BlockingIOError:
+                count = 0
+            except OSError as error:
+                self._link.fail(ConnectionLost(f"lost {self._link.offer.owner} while sending: {error.strerror}"))
+                return
+            self._sent_bytes += count
+            advance(self._pieces, count)
+        self._wait(bool(self._pieces) or self._may_load())
+
+    def _wait(self, is_waiting: bool) -> None:
+        """Whether the loop should call when the kernel has room."""
+        if is_waiting == self._is_waiting:
+            return
+        self._is_waiting = is_waiting
+        if is_waiting:
+            asyncio.get_running_loop().add_writer(self._sock, self._push)
+        else:
+            asyncio.get_running_loop().remove_writer(self._sock)
+
+    def _may_load(self) -> bool:
+        return bool(self._said) or (self._link.has_turns and not self._is_full)
+
+    @property
+    def _is_full(self) -> bool:
+        """No frame may be added before another is answered for."""
+        outstanding = self._outstanding_bytes
+        return outstanding > 0 and outstanding + self._chunk_bytes > self._max_outstanding_bytes
+
+    def _load(self) -> bool:
+        """Whether there is something to send now."""
+        self._frame = None
+        if self._said:
+            self._pieces.append(memoryview(b"".join(self._said)))
+            self._said.clear()
+            return True
+        if not self._link.has_turns or self._is_full:
+            return False
+        self._frame = frame = self._link.next_frame(self._chunk_bytes)
+        self._outstanding_bytes += frame.size
+        self._pieces.extend(frame.sending.pieces(frame))
+        return True
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._sock.recv(_REPLIES_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._link.fail(ConnectionLost(f"lost {self._link.offer.owner}: {error.strerror}"))
+            return
+        if not data:
+            self._link.fail(ConnectionLost(f"{self._link.offer.owner} closed a connection"))
+            return
+        self._inbox += data
+        while len(self._inbox) >= REPLY.size and self._link.error is None:
+            kind, session, number = REPLY.unpack_from(self._inbox)
+            if kind == GOODBYE:
+                if len(self._inbox) >= REPLY.size + min(number, MAX_REASON_BYTES):
+                    self._link.on_goodbye(self._inbox[REPLY.size :].decode(errors="replace"))
+                return
+            del self._inbox[: REPLY.size]
+            self._link.on_reply(kind, session, number, self)
