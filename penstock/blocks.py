@@ -52,7 +52,8 @@ class Region:
     """Memory of `blocks` blocks. `owner` and `epoch` name the incarnation whose pool it is.
 
     `buffer` is writable host memory of `blocks * layout.block_bytes` bytes, or None where the engine keeps the
-    blocks in memory that only it can reach (a GPU without a peer transport).
+    blocks in memory that only it can reach (a GPU without a peer transport). `descriptor` is that of the memory file
+    which the buffer maps, if it does.
     """
 
     owner: str
@@ -60,6 +61,7 @@ class Region:
     layout: KvLayout
     blocks: int
     buffer: memoryview | None = field(repr=False)
+    descriptor: int | None = field(default=None, repr=False)
 
     @property
     def key(self) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """KV that crosses a simulated network: the transport port over `network`, with the faults of real ones.
 
 A transfer takes the links' bandwidth while it flows, and goes on when its sender freezes, as an RDMA write does. Where
-regions have memory, bytes land as they arrive, so that what is used too early or too late is wrong.
+regions have buffers, bytes land as they arrive, so that what is used too early or too late is wrong.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
+from penstock import clock
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.errors import ConnectionLost, KvError, Refused
-from penstock.sim.network import Network
+from penstock.sim.network import Flow, Network
 from penstock.sim.wiring import Route, Wiring
-from penstock.transport.api import Attached, Exported, Offer, Pipe
+from penstock.transport.api import Attached, Exported, Limits, Moved, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "fabric"
@@ -38,25 +40,28 @@ def _nobody_kills(writer: str) -> None:
 
 
 class FabricHub:
-    """What all workers of a simulated cluster share: the network, and who may write where.
+    """What all workers of a simulated cluster share that reach each other in one way: the network, who may write where.
 
-    With `has_memory` regions are made of real bytes, for engines that read what they wrote. `on_kill` is called with
-    the writer ("worker:epoch") that an owner gave up on; it should end in `died`.
+    With `is_fenced` owners take what arrives themselves, as over TCP; else it is stored without them, as over RDMA.
+    `on_kill` is called with the writer ("worker:epoch") that an owner gave up on; it should end in `died`.
     """
 
     def __init__(
         self,
         network: Network,
         wiring: Wiring,
-        has_memory: bool = False,
+        name: str = NAME,
+        is_fenced: bool = False,
         on_kill: Callable[[str], None] = _nobody_kills,
         software: Software = Software(),
     ) -> None:
         self.network = network
         self.wiring = wiring
-        self.has_memory = has_memory
+        self.name = name
+        self.is_fenced = is_fenced
         self.on_kill = on_kill
         self.software = software
+        self.is_broken = False
         self._exports: dict[str, _Export] = {}  # by owner
 
     def died(self, worker: str) -> None:
@@ -69,6 +74,16 @@ class FabricHub:
             if is_owner:
                 self.withdraw(export)
 
+    def fail(self) -> None:
+        """A driver that crashed, a switch that lost its rules: nothing gets through this way, until `mend`."""
+        self.is_broken = True
+        for export in list(self._exports.values()):
+            for pipe in [*export.pipes]:
+                pipe.close(f"{self.name} broke down")
+
+    def mend(self) -> None:
+        self.is_broken = False
+
     def offer(self, export: _Export) -> None:
         """For FabricTransport, like the next two. A newer incarnation takes the older one's place."""
         self._exports[export.region.owner] = export
@@ -78,7 +93,9 @@ class FabricHub:
             del self._exports[export.region.owner]
 
     def find(self, offer: Offer) -> _Export:
-        """Raises Refused or StaleEpoch."""
+        """Raises Refused, StaleEpoch or ConnectionLost."""
+        if self.is_broken:
+            raise ConnectionLost(f"{offer.owner} cannot be reached: {self.name} broke down")
         export = self._exports.get(offer.address)
         if export is None:
             raise Refused(f"{offer.owner} offers no region any more")
@@ -89,24 +106,23 @@ class FabricHub:
 class FabricTransport:
     """See `transport.api.Transport`."""
 
-    name = NAME
-    is_in_place = False
     memory = ""
 
     def __init__(self, hub: FabricHub) -> None:
+        self.name = hub.name
+        self.limits = Limits(is_fenced=hub.is_fenced)
         self._hub = hub
 
     @asynccontextmanager
-    async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
+    async def export(self, region: Region) -> AsyncIterator[Exported]:
         """See `transport.api.Transport`."""
-        buffer = memoryview(bytearray(blocks * layout.block_bytes)) if self._hub.has_memory else None
-        export = _Export(Region(owner, epoch, layout, blocks, buffer), self._hub)
+        export = _Export(region, self._hub)
         self._hub.offer(export)
         try:
             yield export
         finally:
             for pipe in [*export.pipes]:
-                pipe.close(f"{owner} is gone")
+                pipe.close(f"{region.owner} is gone")
             self._hub.withdraw(export)
 
     def attach(self, offer: Offer, writer: str) -> AbstractAsyncContextManager[Attached]:
@@ -114,11 +130,12 @@ class FabricTransport:
         raise Refused(f"{writer} cannot compute in the memory of {offer.owner}")
 
     @asynccontextmanager
-    async def connect(self, offer: Offer, source: Region, writer: str) -> AsyncIterator[Pipe]:
+    async def connect(
+        self, offer: Offer, source: Region, writer: str, request: str, on_moved: Callable[[], None]
+    ) -> AsyncIterator[Pipe]:
         """See `transport.api.Transport`."""
         export = self._hub.find(offer)
-        route = self._hub.wiring.route(source.owner, offer.owner)
-        pipe = _Pipe(self._hub, route, source, export, writer)
+        pipe = _Pipe(self._hub, source, export, writer, request, on_moved)
         export.pipes[pipe] = None
         try:
             yield pipe
@@ -131,13 +148,16 @@ class _Export:
 
     def __init__(self, region: Region, hub: FabricHub) -> None:
         self.region = region
-        self.offer = Offer(NAME, region.owner, region.epoch, region.owner, region.layout, region.blocks)
+        self.offer = Offer(hub.name, *region.key, region.owner, region.layout, region.blocks)
         self.pipes: dict[_Pipe, None] = {}
         self._hub = hub
 
-    async def wait_gone(self, writer: str) -> None:
+    async def fence(self, writer: str, request: str) -> None:
         for pipe in self._of(writer):
-            await pipe.gone.wait()
+            if self._hub.is_fenced and pipe.request == request:
+                pipe.close(f"{self.region.owner} took its memory back")
+            elif not self._hub.is_fenced:
+                await pipe.gone.wait()
 
     def kill(self, writer: str) -> None:
         if self._of(writer):
@@ -150,64 +170,132 @@ class _Export:
 class _Pipe:
     """See `transport.api.Pipe`."""
 
-    def __init__(self, hub: FabricHub, route: Route, source: Region, export: _Export, writer: str) -> None:
+    def __init__(
+        self, hub: FabricHub, source: Region, export: _Export, writer: str, request: str, on_moved: Callable[[], None]
+    ) -> None:
         self.writer = writer
+        self.request = request
+        self.moved = Moved()
         self.gone = asyncio.Event()
+        self._hub = hub
         self._source = source
         self._export = export
-        self._latency_s = route.latency_s + hub.software.start_s
-        self._flow = hub.network.start(route.links, 0.0, _cap_bytes_per_s(hub.software, route, source.layout))
-        self._block_bytes = source.layout.block_bytes
-        self._under_way: deque[tuple[float, BlockId, BlockId]] = (
-            deque()
-        )  # (the flow's bytes when it is there, from, to)
-        self._landing: asyncio.Task[None] | None = None
+        self._on_moved = on_moved
+        self._why = ""  # it was closed
+        self._latency_s = 0.0
+        self._ways: dict[bool, _Way] = {}  # to the owner, and from there
+        self._began_s: float | None = None  # when there was something to move, after there was nothing
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
-        if self.gone.is_set():
-            return  # `flush` says so
-        if self._export.region.buffer is not None:
-            at = self._flow.written_bytes
-            for number, pair in enumerate(blocks, start=1):
-                self._under_way.append((at + number * self._block_bytes, *pair))
-            self._landing = self._landing or asyncio.ensure_future(self._land())
-        self._flow.write(len(blocks) * self._block_bytes)
+        self._move(True, list(blocks))
+
+    def read(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
+        self._move(False, [(there, here) for here, there in blocks])
 
     async def flush(self) -> None:
-        sent = -1.0
-        while True:
-            try:
-                async with asyncio.timeout(STALLED_S):
-                    await self._flow.wait_done()
-                    if self._landing is not None:
-                        await asyncio.shield(self._landing)
-                break
-            except TimeoutError:
-                before, sent = sent, self._flow.sent_bytes(asyncio.get_running_loop().time())
-                if sent <= before:
-                    owner = self._export.region.owner
-                    raise ConnectionLost(f"no byte has reached {owner} for {STALLED_S:.0f} s") from None
+        for way in self._ways.values():
+            await way.wait_landed(self._export.region.owner)
+        if self._why:
+            raise ConnectionLost(self._why)
         await asyncio.sleep(self._latency_s)
 
     def close(self, why: str) -> None:
-        """Nothing is written from now on. Idempotent."""
-        if self.gone.is_set():
+        """Nothing is moved from now on. Idempotent."""
+        if self._why:
             return
-        self._flow.cancel(why)
-        if self._landing is not None:
-            self._landing.cancel()
+        self._why = why
+        for way in self._ways.values():
+            way.close(why)
         self._export.pipes.pop(self, None)
         self.gone.set()
 
+    def _move(self, is_write: bool, blocks: list[tuple[BlockId, BlockId]]) -> None:
+        if self._why or not blocks:
+            return  # `flush` says so
+        if self._began_s is None:
+            self._began_s = clock.now()
+        way = self._ways.get(is_write) or self._open(is_write)
+        way.add(blocks)
+
+    def _open(self, is_write: bool) -> _Way:
+        hub, here, there = self._hub, self._source, self._export.region
+        ends = (here, there) if is_write else (there, here)
+        route = hub.wiring.route(ends[0].owner, ends[1].owner)
+        self._latency_s = route.latency_s + hub.software.start_s
+        flow = hub.network.start(route.links, 0.0, _cap_bytes_per_s(hub.software, route, here.layout))
+        way = self._ways[is_write] = _Way(flow, *ends, partial(self._on_landed, is_write))
+        return way
+
+    def _on_landed(self, is_write: bool, blocks: int) -> None:
+        size_bytes = blocks * self._source.layout.block_bytes
+        seconds = self.moved.seconds
+        if self._began_s is not None and all(way.is_idle for way in self._ways.values()):
+            seconds, self._began_s = seconds + clock.now() - self._began_s, None
+        self.moved = Moved(
+            self.moved.blocks + (blocks if is_write else 0),
+            self.moved.size_bytes + size_bytes,
+            seconds,
+            self.moved.descriptors + blocks,
+        )
+        self._on_moved()
+
+
+class _Way:
+    """One direction of a pipe. `on_landed` is told how many blocks more are in place, batch by batch."""
+
+    def __init__(self, flow: Flow, source: Region, target: Region, on_landed: Callable[[int], None]) -> None:
+        self._flow = flow
+        self._source = source
+        self._target = target
+        self._on_landed = on_landed
+        self._batches: deque[list[tuple[BlockId, BlockId]]] = deque()
+        self._landing: asyncio.Task[None] | None = None
+        self._landed_bytes = 0  # and those of the block that is landing
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._batches
+
+    def add(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
+        self._batches.append(blocks)
+        self._flow.write(len(blocks) * self._source.layout.block_bytes)
+        self._landing = self._landing or asyncio.ensure_future(self._land())
+
+    async def wait_landed(self, owner: str) -> None:
+        """Returns when nothing is under way, or the flow was cancelled. Raises ConnectionLost if for long no byte moves."""
+        sent = -1.0
+        while self._landing is not None:
+            try:
+                async with asyncio.timeout(STALLED_S):
+                    await asyncio.shield(self._landing)
+            except TimeoutError:
+                before, sent = sent, self._flow.sent_bytes(asyncio.get_running_loop().time())
+                if sent <= before:
+                    raise ConnectionLost(f"no byte of {owner}'s has moved for {STALLED_S:.0f} s") from None
+
+    def close(self, why: str) -> None:
+        self._flow.cancel(why)
+
     async def _land(self) -> None:
-        """Puts each block into memory when its last byte is there; returns when nothing is under way."""
-        source, target = self._source.buffer, self._export.region.buffer
-        size = self._block_bytes
-        while self._under_way and source is not None and target is not None:
-            await self._flow.wait_sent(self._under_way[0][0])
-            _, here, there = self._under_way.popleft()
-            target[there * size : (there + 1) * size] = source[here * size : (here + 1) * size]
+        try:
+            while self._batches:
+                await self._land_batch(self._batches[0])
+                self._on_landed(len(self._batches.popleft()))
+        except ConnectionLost:
+            pass  # who closed the pipe knows why
         self._landing = None
+
+    async def _land_batch(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
+        """Puts each block into memory when its last byte is there."""
+        source, target, size = self._source.buffer, self._target.buffer, self._source.layout.block_bytes
+        if source is None or target is None:
+            self._landed_bytes += len(blocks) * size
+            await self._flow.wait_sent(self._landed_bytes)
+            return
+        for here, there in blocks:
+            self._landed_bytes += size
+            await self._flow.wait_sent(self._landed_bytes)
+            target[there * size : (there + 1) * size] = source[here * size : (here + 1) * size]
 
 
 def _cap_bytes_per_s(software: Software, route: Route, layout: KvLayout) -> float:

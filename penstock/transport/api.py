@@ -1,23 +1,36 @@
 """The port of KV transports.
 
-A worker offers its own region. Peers that reach its memory attach to it and compute in it, in place; others connect and
-have blocks of their own written through to it. Who has attached or is connected can write until it leaves, is known to
-be dead, or is killed: that is what `lease` quarantines wait for.
+A worker exports its own region. Peers that reach its memory attach to it and compute in it, in place; others connect,
+and have blocks of their own written into it, or some of its blocks read into theirs. Who is attached or connected may
+write until it leaves, is known to be dead, is killed, or is fenced off: that is what quarantined blocks wait for.
+
+    owner                                   peer
+    export(region) --> Exported.offer --->  attach(offer) --> Attached.region           in place
+                                            connect(offer, own region) --> Pipe         from afar
+    fence, kill                             write, read, flush
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from penstock.blocks import BlockId, KvLayout, Region
+from penstock.policy.latency.transfers import TransferModel, over
+
+MakeRegion = Callable[[str, int, KvLayout, int], AbstractAsyncContextManager[Region]]
+"""(owner, epoch, layout, blocks): memory for a region while inside the block. Raises SetupError for want of it."""
 
 
-class Offer(msgspec.Struct, frozen=True):
-    """How a peer finds a region. `address` is the backend's own."""
+class Offer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a peer finds a region. `address` is the backend's own.
+
+    `memory` is where the region is, for transports that are in place: peers with an equal one may attach to it.
+    """
 
     transport: str
     owner: str
@@ -25,6 +38,7 @@ class Offer(msgspec.Struct, frozen=True):
     address: str
     layout: KvLayout
     blocks: int
+    memory: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -32,23 +46,54 @@ class Offer(msgspec.Struct, frozen=True):
         return (self.owner, self.epoch)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a backend is able to do.
+
+    `is_in_place`: peers attach, and nothing is copied; else they connect. `is_fenced`: the owner takes every byte
+    itself, so it can stop taking those of one transfer at any moment; else only the writer's word or its end is proof.
+    `prior` is how long transfers are expected to take before any was measured.
+    """
+
+    is_in_place: bool = False
+    is_fenced: bool = False
+    prior: TransferModel = over(start_s=1e-4, descriptor_s=1e-6, bytes_per_s=1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What of a transfer is in place. `seconds` are those in which something was on its way.
+
+    `blocks` counts pairs in the order of asking: the first one that is missing comes after so many. What was moved
+    beyond that is in `size_bytes` alone, which went in `descriptors` pieces.
+    """
+
+    blocks: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    descriptors: int = 0
+
+
 class Exported(Protocol):
-    """The owner's side of an offered region."""
+    """The owner's side of an exported region."""
 
     region: Region
     offer: Offer
 
-    async def wait_gone(self, writer: str) -> None:
-        """Returns once `writer` (its "worker:epoch") certainly cannot write any more: detached, dead, never came."""
+    async def fence(self, writer: str, request: str) -> None:
+        """Returns once nothing of what `writer` (its "worker:epoch") moves for `request` can be written any more.
+
+        At once where the transport `is_fenced`; else when the writer has left this region, or is dead.
+        """
         ...
 
     def kill(self, writer: str) -> None:
-        """Ends a writer that is stuck with memory it may still write. `wait_gone` returns soon after."""
+        """Ends a writer that is stuck with memory it may still write. `fence` returns soon after."""
         ...
 
 
 class Attached(Protocol):
-    """A peer's region, mapped here. `gone` is set when the owner is."""
+    """A peer's region, mapped here."""
 
     region: Region
 
@@ -57,10 +102,20 @@ class Attached(Protocol):
 
 
 class Pipe(Protocol):
-    """Writes blocks of this worker's region into a peer's, in the order asked for, while more of them are computed."""
+    """Moves blocks between this worker's region and a peer's, in the order asked for, while more are computed."""
+
+    @property
+    def moved(self) -> Moved: ...
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
-        """Has each pair's first block, which must not change until `flush`, written into its second one there."""
+        """Has each pair's first block, which must not change until it is in place, written into its second one there.
+
+        Raises KvError for blocks that do not exist.
+        """
+        ...
+
+    def read(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Has each pair's second block there read into its first one here. Raises KvError as `write` does."""
         ...
 
     async def flush(self) -> None:
@@ -69,27 +124,31 @@ class Pipe(Protocol):
 
 
 class Transport(Protocol):
-    """One way of reaching memory."""
+    """One way of reaching memory. Used inside its own `async with` where it has one."""
 
     name: str
-    is_in_place: bool  # whether peers `attach`; else they `connect`
+    limits: Limits
 
     @property
     def memory(self) -> str:
-        """Members with equal, non-empty values reach each other's regions."""
+        """Where this worker is, for in-place transports: it may attach to regions whose offer says the same."""
         ...
 
-    def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AbstractAsyncContextManager[Exported]:
-        """Makes a region of zeroed, faulted-in memory and offers it while inside the block."""
+    def export(self, region: Region) -> AbstractAsyncContextManager[Exported]:
+        """Offers this worker's region while inside the block. Raises Refused for memory of a kind it cannot reach."""
         ...
 
     def attach(self, offer: Offer, writer: str) -> AbstractAsyncContextManager[Attached]:
         """Maps a peer's region, faulted in, while inside the block. Raises Refused, StaleEpoch or ConnectionLost."""
         ...
 
-    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
-        """A pipe from `source`, this worker's own region; once left, nothing is written any more.
+    def connect(
+        self, offer: Offer, source: Region, writer: str, request: str, on_moved: Callable[[], None]
+    ) -> AbstractAsyncContextManager[Pipe]:
+        """A pipe between `source`, this worker's own region, and the one on offer; `on_moved` is called as blocks move.
 
+        Once inside, the owner knows of this writer and request, so that it may fence them. Once left, nothing is sent
+        any more; what is on its way of a pipe that was not flushed may still arrive, unless the owner fences it.
         Raises Refused, StaleEpoch or ConnectionLost.
         """
         ...

@@ -1,7 +1,4 @@
-"""Host memory for regions: files without a name (memfd), zeroed, mapped and faulted in.
-
-Shared by the backends of this port whose regions are in host memory.
-"""
+"""Host memory for regions: files without a name (memfd), zeroed, mapped and faulted in."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from penstock.blocks import KvLayout, Region
 from penstock.errors import KvError, SetupError
 
 FAULT_IN_BYTES = 16 << 20  # per turn of the loop
@@ -21,11 +19,9 @@ _MADV_POPULATE_READ = 22  # since Linux 5.14; Python 3.11 does not name it
 
 
 @asynccontextmanager
-async def made(owner: str, size_bytes: int) -> AsyncIterator[tuple[int, memoryview]]:
-    """The descriptor of a new memory file, and the file mapped, while inside the block.
-
-    Raises SetupError if there is no memory for it, and KvError at the end if it is still in use.
-    """
+async def new_region(owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Region]:
+    """See `transport.api.MakeRegion`. Raises KvError at the end if the region is still in use."""
+    size_bytes = blocks * layout.block_bytes
     with _memory_file(size_bytes) as descriptor:
         try:
             memory = await mapped(descriptor)
@@ -34,7 +30,7 @@ async def made(owner: str, size_bytes: int) -> AsyncIterator[tuple[int, memoryvi
             raise SetupError(f"no memory for {size_gib:.2f} GiB of KV ({error.strerror}): take less") from error
         try:
             with memoryview(memory) as buffer:
-                yield descriptor, buffer
+                yield Region(owner, epoch, layout, blocks, buffer, descriptor)
         finally:
             unmap(memory, owner)
 

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from penstock.blocks import KvLayout, Region
+from penstock.blocks import Region
 from penstock.errors import KvError, Refused
-from penstock.transport.api import Attached, Exported, Offer, Pipe
+from penstock.transport.api import Attached, Exported, Limits, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "memory"
@@ -61,24 +61,25 @@ class MemoryTransport:
     """See `transport.api.Transport`."""
 
     name = NAME
-    is_in_place = True
+    limits = Limits(is_in_place=True)
 
     def __init__(self, hub: MemoryHub) -> None:
         self.memory = f"{NAME}:{hub.host}"
         self._hub = hub
 
     @asynccontextmanager
-    async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
+    async def export(self, region: Region) -> AsyncIterator[Exported]:
         """See `transport.api.Transport`."""
-        buffer = memoryview(bytearray(blocks * layout.block_bytes))
-        export = _Export(Region(owner, epoch, layout, blocks, buffer), self._hub)
+        export = _Export(region, self._hub, self.memory)
         self._hub.offer(export)
         try:
             yield export
         finally:
             self._hub.withdraw(export)
 
-    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
+    def connect(
+        self, offer: Offer, source: Region, writer: str, request: str, on_moved: Callable[[], None]
+    ) -> AbstractAsyncContextManager[Pipe]:
         """Always raises Refused: who reaches this memory computes in it."""
         raise Refused(f"{NAME} memory is not written from afar: {writer} must attach to the region of {offer.owner}")
 
@@ -97,14 +98,14 @@ class MemoryTransport:
 class _Export:
     """See `transport.api.Exported`."""
 
-    def __init__(self, region: Region, hub: MemoryHub) -> None:
+    def __init__(self, region: Region, hub: MemoryHub, memory: str) -> None:
         self.region = region
-        self.offer = Offer(NAME, region.owner, region.epoch, region.owner, region.layout, region.blocks)
+        self.offer = Offer(NAME, *region.key, region.owner, region.layout, region.blocks, memory)
         self.is_withdrawn = False
         self._hub = hub
         self._attachments: list[_Attachment] = []
 
-    async def wait_gone(self, writer: str) -> None:
+    async def fence(self, writer: str, request: str) -> None:
         for attachment in self._of(writer):
             await attachment.gone.wait()
 

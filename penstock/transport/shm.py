@@ -23,7 +23,7 @@ import mmap
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from pathlib import Path
 import msgspec
 
 from penstock import auth, clock
-from penstock.blocks import KvLayout, Region
+from penstock.blocks import Region
 from penstock.errors import (
     ConnectionLost,
     KvError,
@@ -42,7 +42,7 @@ from penstock.errors import (
     to_wire,
 )
 from penstock.transport import host_memory
-from penstock.transport.api import Attached, Exported, Offer, Pipe
+from penstock.transport.api import Attached, Exported, Limits, Offer, Pipe
 from penstock.transport.offers import check
 
 NAME = "shm"
@@ -71,7 +71,7 @@ class ShmTransport:
     """See `transport.api.Transport`. `token` is asked of peers, and shown to owners."""
 
     name = NAME
-    is_in_place = True
+    limits = Limits(is_in_place=True)
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -84,18 +84,22 @@ class ShmTransport:
         return "/".join((NAME, boot_id, *namespaces, str(os.geteuid())))
 
     @asynccontextmanager
-    async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
-        """See `transport.api.Transport`. Raises SetupError if there is no memory for it."""
-        offer = Offer(NAME, owner, epoch, f"@penstock-kv-{clock.nonce(8).hex()}", layout, blocks)
-        async with host_memory.made(owner, blocks * layout.block_bytes) as (descriptor, buffer):
-            with _packet_socket() as listener:
-                listener.bind(_socket_address(offer))
-                listener.listen(LISTEN_BACKLOG)
-                export = _Export(Region(owner, epoch, layout, blocks, buffer), offer, descriptor)
-                async with auth.admitting(listener, self._token, _PURPOSE, export.serve):
-                    yield export
+    async def export(self, region: Region) -> AsyncIterator[Exported]:
+        """See `transport.api.Transport`."""
+        if region.descriptor is None:
+            raise Refused(f"the blocks of {region.owner} are not in a memory file, so {NAME} cannot share them")
+        address = f"@penstock-kv-{clock.nonce(8).hex()}"
+        offer = Offer(NAME, *region.key, address, region.layout, region.blocks, self.memory)
+        with _packet_socket() as listener:
+            listener.bind(_socket_address(offer))
+            listener.listen(LISTEN_BACKLOG)
+            export = _Export(region, offer, region.descriptor)
+            async with auth.admitting(listener, self._token, _PURPOSE, export.serve):
+                yield export
 
-    def connect(self, offer: Offer, source: Region, writer: str) -> AbstractAsyncContextManager[Pipe]:
+    def connect(
+        self, offer: Offer, source: Region, writer: str, request: str, on_moved: Callable[[], None]
+    ) -> AbstractAsyncContextManager[Pipe]:
         """Always raises Refused: who reaches this memory computes in it."""
         raise Refused(f"{NAME} memory is not written from afar: {writer} must attach to the region of {offer.owner}")
 
@@ -139,7 +143,7 @@ class _Export:
         self._descriptor = descriptor
         self._writers: list[_Writer] = []
 
-    async def wait_gone(self, writer: str) -> None:
+    async def fence(self, writer: str, request: str) -> None:
         for each in self._of(writer):
             await each.gone.wait()
 
