@@ -50,6 +50,7 @@ from penstock.sim.workloads.mooncake_like import mooncake_like
 from penstock.sim.workloads.named import find
 from penstock.sim.workloads.traces import mooncake
 from penstock.sim.workloads.workload import Workload
+from penstock.transport.memory import bare_region
 
 SEED = 0
 
@@ -509,9 +510,10 @@ async def _move(
         wiring.place(name, places)
     transport = FabricTransport(FabricHub(network, wiring, software=software))
     async with (
-        transport.export("a", 1, layout, blocks) as source,
-        transport.export("b", 1, layout, blocks) as target,
-        transport.connect(target.offer, source.region, "a:1") as pipe,
+        bare_region("a", 1, layout, blocks) as source,
+        bare_region("b", 1, layout, blocks) as target,
+        transport.export(target) as exported,
+        transport.connect(exported.offer, source, "a:1", "bench", lambda: None) as pipe,
     ):
         begun_s = clock.now()
         pipe.write([(BlockId(block), BlockId(block)) for block in range(blocks)])

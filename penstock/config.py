@@ -63,6 +63,13 @@ class KvSettings:
     lease_s: float = 5.0
     """Seconds of silence after which a prefill worker loses the blocks it was lent."""
 
+    transport: tuple[str, ...] = ()
+    """Ways to the KV of other workers: shm, tcp, nixl; by default shm and tcp for KV in host memory. Settings go with
+    the name, as tcp:connections=8,has_checksums=true. The flag may come several times."""
+
+    domain: str = ""
+    """Workers of one domain reach each other's KV over links; by default all that are not offered on loopback."""
+
     @property
     def kv_bytes(self) -> int:
         return int(self.kv_gib * (1 << 30))
@@ -251,6 +258,20 @@ def parse(kind: type[T], values: Mapping[str, object], what: str) -> T:
         return msgspec.convert(dict(values), kind, strict=False)
     except msgspec.ValidationError as error:
         raise SetupError(f"an option of {what} does not fit: {error}") from error
+
+
+def settings(spec: str, what: str) -> dict[str, str]:
+    """Those of `name:key=value,key=value`, where `what` is the kind of thing named. Raises SetupError."""
+    name, _, listed = spec.partition(":")
+    found: dict[str, str] = {}
+    for part in listed.split(",") if listed else ():
+        key, equals, value = (text.strip() for text in part.partition("="))
+        if not (key and equals and value):
+            raise SetupError(f"{what} {name!r}: {part!r} is no setting; write them as {name}:key=value,key=value")
+        if key in found:
+            raise SetupError(f"{what} {name!r}: {key!r} is set twice")
+        found[key] = value
+    return found
 
 
 def suggestion(misspelt: str, known: Iterable[str]) -> str:

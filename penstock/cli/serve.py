@@ -83,8 +83,11 @@ def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.sock
 def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str]) -> Iterator[Job]:
     flags = {"join": join, "engine": config.engine.engine, "kv-gib": config.kv.kv_gib, "lease-s": config.kv.lease_s}
     flags |= {f"engine-option.{name}": value for name, value in engine_options.items()}
+    if config.kv.domain:
+        flags["domain"] = config.kv.domain
+    transports = [f"--transport={spec}" for spec in config.kv.transport]
     for name, role in config.fleet.roles().items():
-        command = _command("worker", config, {"name": name, "role": role, **flags})
+        command = [*_command("worker", config, {"name": name, "role": role, **flags}), *transports]
         yield Job(name, command, {"PENSTOCK_TOKEN": config.secrets.token})
 
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import fields
 
 from penstock import clock, plugin
-from penstock.cli import process
-from penstock.config import EngineSettings, Model, WorkerConfig, parse
+from penstock.cli import process, sockets
+from penstock.config import EngineSettings, Model, WorkerConfig, parse, settings
 from penstock.discovery.file import FileDiscovery
 from penstock.engine.api import Engine
 from penstock.serve.lend import LendOptions
 from penstock.serve.registry import stay_announced, stay_joined
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.transport.api import Transport
-from penstock.transport.private import PrivateTransport
-from penstock.transport.shm import ShmTransport
+from penstock.transport.host_memory import new_region as new_host_region
+from penstock.transport.memory import bare_region
 from penstock.wire.stream import StreamWire
 
 REPORT_S = 1.0
 SWITCH_INTERVAL_S = 0.0005  # how long the engine's thread may keep the interpreter from the event loop
+HOST_TRANSPORTS = ("shm", "tcp")  # for KV in host memory
 SHARE_OF_HOST_MEMORY = 0.1  # for the KV of one worker that was not told how much
 
 
@@ -32,7 +36,11 @@ async def run_worker(config: WorkerConfig) -> None:
     engine = build_engine(config.model, config.engine)
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream}
-    async with Worker(worker_options(config), engine, wires, _transport(engine, config.secrets.token)) as worker:
+    async with AsyncExitStack() as stack:
+        transports = [await _opened(stack, transport) for transport in build_transports(config, engine)]
+        options = worker_options(config, transports)
+        new_region = new_host_region if engine.info.shares_memory else bare_region
+        worker = await stack.enter_async_context(Worker(options, engine, wires, new_region, transports))
         gc.freeze()  # a model is 360,000 objects, which the collector need not walk through again
         await worker.serve(_stay_known(config, worker), leave, process.grace_s)
 
@@ -50,7 +58,29 @@ def host_room_bytes() -> int:
     return int(SHARE_OF_HOST_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def worker_options(config: WorkerConfig) -> WorkerOptions:
+def build_transports(config: WorkerConfig, engine: Engine) -> list[Transport]:
+    """Those that the settings name. Raises SetupError."""
+    chosen = config.kv.transport or (HOST_TRANSPORTS if engine.info.shares_memory else ())
+    return [_build_transport(spec, config) for spec in chosen]
+
+
+def _build_transport(spec: str, config: WorkerConfig) -> Transport:
+    name = spec.partition(":")[0]
+    module = plugin.find("transport", name)
+    values = settings(spec, "transport")
+    if "host" in (option.name for option in fields(module.Options)):
+        values.setdefault("host", config.host)
+    transport: Transport = module.TRANSPORT(config.secrets.token, parse(module.Options, values, f"transport {name!r}"))
+    return transport
+
+
+async def _opened(stack: AsyncExitStack, transport: Transport) -> Transport:
+    if isinstance(transport, AbstractAsyncContextManager):
+        await stack.enter_async_context(transport)
+    return transport
+
+
+def worker_options(config: WorkerConfig, transports: Sequence[Transport]) -> WorkerOptions:
     host = f"[{config.host}]" if ":" in config.host else config.host
     return WorkerOptions(
         name=config.name,
@@ -62,6 +92,7 @@ def worker_options(config: WorkerConfig) -> WorkerOptions:
         kv_bytes=config.kv.kv_bytes,
         kv_room_bytes=host_room_bytes(),
         pid=os.getpid(),
+        domain=config.kv.domain or _domain(config.host, transports),
         lend=LendOptions(lease_s=config.kv.lease_s),
     )
 
@@ -72,5 +103,8 @@ def _stay_known(config: WorkerConfig, worker: Worker) -> Coroutine[None, None, N
     return stay_joined(worker.endpoint, (f"tcp:{config.join}",), worker.standing, REPORT_S)
 
 
-def _transport(engine: Engine, token: str) -> Transport:
-    return ShmTransport(token) if engine.info.shares_memory else PrivateTransport()
+def _domain(host: str, transports: Sequence[Transport]) -> str:
+    """Those that dial each other are in one, but what is offered on loopback ends at this host."""
+    if all(transport.limits.is_in_place for transport in transports):
+        return ""
+    return f"loopback of {socket.gethostname()}" if sockets.is_loopback(host) else "network"

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import count
 
 import msgspec
 
@@ -21,11 +22,11 @@ from penstock.policy.routing import is_worth_asking
 from penstock.request import Finish, FinishReason, Hop, Plan, Request, Timeline, Token
 from penstock.serve.handoff import Done, PrefillAsk
 from penstock.serve.lend import Borrowing, Lender
+from penstock.serve.paths import Shared
 from penstock.serve.resident import Resident
 from penstock.serve.rpc import Call, Endpoint
 from penstock.serve.stepper import Run, Stepper
 from penstock.tokens import pack, unpack
-from penstock.transport.api import Exported
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Decoder:
         self,
         member: Member,
         eos_token_ids: tuple[int, ...],
-        exported: Exported,
+        shared: Shared,
         cache: PrefixCache,
         stepper: Stepper,
         lender: Lender,
@@ -112,7 +113,7 @@ class Decoder:
         self.is_draining = False
         self._member = member
         self._eos = eos_token_ids
-        self._exported = exported
+        self._shared = shared
         self._cache = cache
         self._stepper = stepper
         self._lender = lender
@@ -121,6 +122,7 @@ class Decoder:
         self._layout = member.layout
         self._live: dict[Sequence, None] = {}
         self._ended = asyncio.Event()
+        self._attempts = count()
 
     @property
     def live(self) -> int:
@@ -167,7 +169,7 @@ class Decoder:
         request, tokens = ask.request, unpack(ask.request.prompt)
         sampling = request.sampling
         run = Run(
-            region=self._exported.region,
+            region=self._shared.region,
             tokens=tokens,
             sampling=sampling,
             on_step=lambda sampled: self._on_step(sequence, sampled),
@@ -221,14 +223,15 @@ class Decoder:
         peer = await self._endpoint.peer(hop.addresses)
         request = sequence.request
         ask = PrefillAsk(
-            *(request.id, pack(sequence.run.tokens), request.sampling, self._exported.offer),
+            *(f"{request.id}/{next(self._attempts)}", pack(sequence.run.tokens), request.sampling, self._shared.offers),
             writer=hop.incarnation,
             alive_s=self._lender.options.lease_s / BEATS_PER_LEASE,
             salt=request.salt,
+            held_tokens=sequence.resident.cached_tokens(),
         )
         async with peer.call("prefill", ask) as call:
             borrowing = Borrowing(
-                self._lender, sequence.resident, request.id, hop, call, lambda token: self._on_first(sequence, token)
+                self._lender, sequence.resident, ask.request, hop, call, lambda token: self._on_first(sequence, token)
             )
             try:
                 done = await borrowing.follow()
@@ -256,6 +259,8 @@ class Decoder:
         timeline.computed_tokens += done.computed_tokens
         timeline.moved_tokens = borrowing.tokens - len(borrowing.pinned) * self._layout.block_tokens
         timeline.copied_bytes = done.moved_bytes
+        timeline.transport, timeline.moving_s = done.transport, done.moved_s
+        timeline.fetched_tokens = done.fetched_tokens
         self.counters.cached_tokens += timeline.cached_tokens
         self.counters.handoffs += 1
         self.counters.copied_bytes += done.moved_bytes

@@ -1,14 +1,14 @@
 """Lending blocks to prefill workers: opening leases, following who writes, and getting the blocks back.
 
-A `Borrowing` is the decode side of the conversation in `handoff`. Aborted blocks are not reused before the writer has
-confirmed that it stopped, died, or was killed for being stuck.
+A `Borrowing` is the decode side of the conversation in `handoff`. Aborted blocks are not reused before the writer was
+fenced off, has confirmed that it stopped, died, or was killed for being stuck.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -23,18 +23,25 @@ from penstock.serve.handoff import (
     Alive,
     Begin,
     Done,
+    Fetch,
+    Fetched,
     First,
+    FromPrefill,
     Granted,
+    Held,
+    Kept,
     More,
     NoRoom,
     SettleAsk,
+    Switch,
+    Switched,
     Wrote,
     decode_from_prefill,
 )
+from penstock.serve.paths import Shared
 from penstock.serve.resident import Resident
 from penstock.serve.rpc import Call, Endpoint
 from penstock.serve.stepper import Stepper
-from penstock.transport.api import Exported
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +53,15 @@ class LendOptions:
     """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
+    All writers together are granted about `incoming_bytes` more than has arrived of what they copy here: enough to keep
+    a fast link busy, and so little that those who came first are soon done.
     """
 
     lease_s: float = 5.0
     stall_s: float = 60.0
     settle_retry_s: float = 0.5
     kill_after_s: float = 30.0
+    incoming_bytes: int = 512 << 20
 
 
 class Lender:
@@ -62,41 +72,78 @@ class Lender:
         cache: PrefixCache,
         leases: LeaseTable,
         stepper: Stepper,
-        exported: Exported,
+        shared: Shared,
         endpoint: Endpoint,
         options: LendOptions,
     ) -> None:
         self.options = options
+        self.shared = shared
         self._cache = cache
         self._leases = leases
         self._stepper = stepper
-        self._reclaimer = Reclaimer(leases, exported, endpoint, options, stepper.wake)
-        self._layout = exported.region.layout
+        self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
+        self._layout = shared.region.layout
         self._lent: dict[int, Borrowing] = {}
         stepper.on_starved = self._call_off
 
-    def lend(self, borrowing: Borrowing, chunk_tokens: int) -> Granted | NoRoom:
-        """Pins what the cache holds of the prompt and opens a lease on the rest."""
+    def lend(self, borrowing: Borrowing, chunk_tokens: int) -> bool:
+        """Pins what the cache holds of the prompt, opens a lease on the rest, and grants or will grant the first chunk.
+
+        False if there is no room for it.
+        """
         borrowing.pinned = borrowing.resident.match()
         start = len(borrowing.pinned) * self._layout.block_tokens
         needed = self._layout.blocks_for(borrowing.tokens) - len(borrowing.pinned)
-        room = self._cache.available - self._leases.promised_blocks - self._stepper.claimed_blocks
-        if needed > room or len(self._lent) >= self._stepper.free_slots:
-            return NoRoom()
+        if needed > self._stepper.spare_blocks or len(self._lent) >= self._stepper.free_slots:
+            return False
         borrowing.lease = self._leases.open(clock.now(), borrowing.hop.incarnation, needed)
         self._lent[borrowing.lease.id] = borrowing
-        return self.grow(borrowing, borrowing.lease, min(borrowing.tokens, start + chunk_tokens))
+        self.grow(borrowing, borrowing.lease, min(borrowing.tokens, start + chunk_tokens))
+        return True
 
-    def grow(self, borrowing: Borrowing, lease: Lease, tokens: int) -> Granted:
+    def grow(self, borrowing: Borrowing, lease: Lease, tokens: int) -> None:
+        """Grants blocks for the first `tokens` tokens: those that are copied here when it is their turn.
+
+        Raises LeaseLost, or OutOfBlocks if decodes took what was promised.
+        """
+        borrowing.wanted_blocks = self._layout.blocks_for(tokens) - len(borrowing.pinned)
+        if borrowing.transfer:
+            self.share_out()
+        else:
+            self._grant(borrowing, lease, borrowing.wanted_blocks)
+
+    def share_out(self) -> None:
+        """Grants what writers over the wire wait for, as far as there is room on it: first come, first served."""
+        line = [borrowing for borrowing in self._lent.values() if borrowing.transfer]
+        incoming = sum(borrowing.incoming_blocks for borrowing in line)
+        for borrowing in line:
+            room = max(self.options.incoming_bytes // self._layout.block_bytes - incoming, 0 if incoming else 1)
+            more = min(borrowing.wanted_blocks - borrowing.granted_blocks, room)
+            if borrowing.lease is None or more <= 0:
+                if room <= 0:
+                    return
+                continue
+            try:
+                self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)
+            except PenstockError as error:
+                borrowing.call.fail(error)
+            incoming += more
+
+    def _grant(self, borrowing: Borrowing, lease: Lease, blocks: int) -> None:
         """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
-        total = self._layout.blocks_for(tokens) - len(borrowing.pinned)
-        blocks = self._leases.grow(clock.now(), lease.id, total)
+        lent = self._leases.grow(clock.now(), lease.id, blocks)
         start = len(borrowing.pinned) * self._layout.block_tokens
-        return Granted(lease.id, start, [*borrowing.pinned, *blocks])
+        borrowing.call.send(Granted(lease.id, start, [*borrowing.pinned, *lent]))
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        """Pinned ones, that nobody reads any more."""
+        self._cache.release(blocks)
+        self._stepper.wake()
 
     def commit(self, lease: Lease) -> list[BlockId]:
         """Raises LeaseLost if the lease lapsed meanwhile."""
         del self._lent[lease.id]
+        self.share_out()
         return self._leases.commit(clock.now(), lease.id)
 
     def give_back(self, borrowing: Borrowing) -> None:
@@ -104,7 +151,8 @@ class Lender:
         self._cache.release(borrowing.pinned)
         if (lease := borrowing.lease) is not None:
             self._lent.pop(lease.id, None)
-            self._reclaimer.abort(lease, borrowing.hop, borrowing.request)
+            self._reclaimer.abort(lease, borrowing.hop, borrowing.request, borrowing.transfer)
+            self.share_out()
         self._stepper.wake()
 
     def touch(self, lease: Lease, is_writing: bool) -> None:
@@ -119,31 +167,31 @@ class Lender:
 
 
 class Reclaimer:
-    """Gets aborted blocks back: asks the writer to confirm, waits for its death, and kills it if it is stuck."""
+    """Gets aborted blocks back: fences the writer off, else asks it to confirm, and kills it if it is stuck."""
 
     def __init__(
         self,
         leases: LeaseTable,
-        exported: Exported,
+        shared: Shared,
         endpoint: Endpoint,
         options: LendOptions,
         on_blocks_freed: Callable[[], None],
     ) -> None:
         self._leases = leases
-        self._exported = exported
+        self._shared = shared
         self._endpoint = endpoint
         self._options = options
         self._on_blocks_freed = on_blocks_freed
 
-    def abort(self, lease: Lease, hop: Hop, request: str) -> None:
+    def abort(self, lease: Lease, hop: Hop, request: str, transfer: str) -> None:
         """Nothing written under `lease` counts any more; its blocks come back when that is safe. Called once."""
         self._leases.abort(lease.id)
         if lease.blocks:
-            self._endpoint.spawn(self._reclaim(lease, hop, request))
+            self._endpoint.spawn(self._reclaim(lease, hop, request, transfer))
 
-    async def _reclaim(self, lease: Lease, hop: Hop, request: str) -> None:
+    async def _reclaim(self, lease: Lease, hop: Hop, request: str, transfer: str) -> None:
         asking = asyncio.ensure_future(self._ask_until_settled(lease, hop, request))
-        gone = asyncio.ensure_future(self._exported.wait_gone(lease.writer))
+        gone = asyncio.ensure_future(self._shared.fence(lease.writer, transfer))
         try:
             done, _ = await asyncio.wait(
                 (asking, gone), timeout=self._options.kill_after_s, return_when=asyncio.FIRST_COMPLETED
@@ -153,7 +201,7 @@ class Reclaimer:
                     "%s neither confirmed nor died %.0f s after lease %d was aborted; killing it",
                     *(lease.writer, self._options.kill_after_s, lease.id),
                 )
-                self._exported.kill(lease.writer)
+                self._shared.kill(lease.writer)
                 done, _ = await asyncio.wait((asking, gone), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # what raises proves nothing
@@ -164,7 +212,7 @@ class Reclaimer:
         self._on_blocks_freed()
 
     async def _ask_until_settled(self, lease: Lease, hop: Hop, request: str) -> None:
-        region = self._exported.region
+        region = self._shared.region
         ask = SettleAsk(lease.writer, request, region.owner, region.epoch)
         while True:
             try:
@@ -197,11 +245,24 @@ class Borrowing:
         self.tokens = len(resident.run.tokens)  # to prefill
         self.lease: Lease | None = None
         self.pinned: list[BlockId] = []
+        self.transfer = ""  # that may write; none: the writer computes in place
+        self.wanted_blocks = 0  # under the lease
+        self.moved_blocks = 0  # of those granted
+        self.held: list[BlockId] = []  # to be read
         self._lender = lender
         self._on_first = on_first
         self._is_committed = False
         self._steps = -1
         self._progress_s = clock.now()
+
+    @property
+    def granted_blocks(self) -> int:
+        return len(self.lease.blocks) if self.lease is not None else 0
+
+    @property
+    def incoming_blocks(self) -> int:
+        """Granted, and not in place."""
+        return self.granted_blocks - self.moved_blocks
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
@@ -217,9 +278,9 @@ class Borrowing:
                 raise LeaseLost(f"{self.hop.worker} dropped the prefill")
             if isinstance(message, Done):
                 return message
-            if isinstance(message, Begin) and isinstance(self._begin(message), NoRoom):
+            if isinstance(message, Begin) and not self._begin(message):
                 return None
-            self._answer(message)
+            await self._answer(message)
 
     def commit(self) -> list[BlockId]:
         """The whole block table, owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
@@ -230,25 +291,56 @@ class Borrowing:
         return [*self.pinned, *blocks]
 
     def end(self) -> None:
+        self._release_held()
         if not self._is_committed:
             self._lender.give_back(self)
 
-    def _begin(self, message: Begin) -> Granted | NoRoom:
+    def _begin(self, message: Begin) -> bool:
         if self.lease is not None:
             raise LeaseLost(f"{self.hop.worker} began the same prefill twice")
-        answer = self._lender.lend(self, message.chunk_tokens)
-        self.call.send(answer)
-        return answer
+        self.transfer = message.transfer
+        has_room = self._lender.lend(self, message.chunk_tokens)
+        if not has_room:
+            self.call.send(NoRoom())
+        return has_room
 
-    def _answer(self, message: Alive | Begin | More | Wrote | First | Done) -> None:
-        if isinstance(message, Alive):
-            self._note_progress(message.steps)
-        elif isinstance(message, More) and self.lease is not None:
-            self.call.send(self._lender.grow(self, self.lease, message.tokens))
-        elif isinstance(message, First):
-            self._on_first(message.token)
+    async def _answer(self, message: FromPrefill) -> None:
+        match message:
+            case Alive():
+                self._note_progress(message.steps)
+            case More() if self.lease is not None:
+                self._lender.grow(self, self.lease, message.tokens)
+            case Wrote() if self.lease is not None:
+                self._note_moved(message.moved)
+            case First():
+                self._on_first(message.token)
+            case Fetch() if not self.held:
+                self.held = self.resident.match()
+                self.call.send(Held(self.held))
+            case Fetched():
+                self._release_held()
+                self.call.send(Kept())
+            case Switch():
+                await self._switch(message)
         if self.lease is not None:
             self._lender.touch(self.lease, is_writing=isinstance(message, Wrote))
+
+    async def _switch(self, message: Switch) -> None:
+        """From now on another transfer may write, and the one before may not."""
+        await self._lender.shared.fence_off(self.hop.incarnation, message.left)
+        if self.transfer:
+            self.transfer = message.transfer
+        self.call.send(Switched())
+
+    def _note_moved(self, blocks: int) -> None:
+        if blocks > self.moved_blocks:
+            self.moved_blocks = min(blocks, self.granted_blocks)
+            self._lender.share_out()
+
+    def _release_held(self) -> None:
+        held, self.held = self.held, []
+        if held:
+            self._lender.release(held)
 
     def _note_progress(self, steps: int) -> None:
         now = clock.now()

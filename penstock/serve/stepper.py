@@ -135,6 +135,11 @@ class Stepper:
         return sum(max(1, blocks_for(len(run.tokens)) - len(run.blocks)) for run in next_up)
 
     @property
+    def spare_blocks(self) -> int:
+        """Blocks that neither leases nor own sequences claim; less than none if claims exceed what there is."""
+        return self._cache.available - self._leases.promised_blocks - self.claimed_blocks
+
+    @property
     def queued_tokens(self) -> int:
         """Prompt tokens yet to be computed here."""
         prefilling = (run.pending for run in (*self._running, *self._waiting, *self._guests))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from penstock import clock
+from penstock.blocks import Region
 from penstock.cluster import Load, Member, Role, Standing
 from penstock.engine.api import Engine
 from penstock.kv.lease import LeaseTable
@@ -19,12 +20,13 @@ from penstock.policy.batching import Limits
 from penstock.policy.latency.steps import StepFit
 from penstock.serve.decode import DecodeOptions, Decoder
 from penstock.serve.lend import Lender, LendOptions
+from penstock.serve.paths import PathOptions, Paths, Shared
 from penstock.serve.prefill import Prefiller, PrefillOptions
 from penstock.serve.probe import Prober
 from penstock.serve.pulse import Pulse
 from penstock.serve.rpc import Call, Endpoint, Handler, RpcOptions
 from penstock.serve.stepper import Stepper
-from penstock.transport.api import Exported, Transport
+from penstock.transport.api import MakeRegion, Transport
 from penstock.wire.api import Wire
 
 log = logging.getLogger(__name__)
@@ -56,25 +58,35 @@ class WorkerOptions:
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     prefill: PrefillOptions = field(default_factory=PrefillOptions)
     lend: LendOptions = field(default_factory=LendOptions)
+    paths: PathOptions = field(default_factory=PathOptions)
     rpc: RpcOptions = field(default_factory=RpcOptions)
     pulse_s: float = 0.05
     sweep_s: float = 1.0
 
 
 class Worker:
-    """Used as `async with`: entering loads the engine, makes the region and listens.
+    """Used as `async with`: entering loads the engine, makes the region, offers it over all transports, and listens.
 
+    Others may be there to reach this worker's KV, `transports` is how; without any it prefills for itself alone.
     Its `endpoint`, known once it is open, is there to call others with.
     """
 
     endpoint: Endpoint
     _member: Member
 
-    def __init__(self, options: WorkerOptions, engine: Engine, wires: Mapping[str, Wire], transport: Transport) -> None:
+    def __init__(
+        self,
+        options: WorkerOptions,
+        engine: Engine,
+        wires: Mapping[str, Wire],
+        new_region: MakeRegion,
+        transports: Sequence[Transport],
+    ) -> None:
         self._options = options
         self._engine = engine
         self._wires = wires
-        self._transport = transport
+        self._new_region = new_region
+        self._paths = Paths(transports, options.paths)
         self._stack = AsyncExitStack()
         self._is_draining = False
         self._methods: dict[str, Handler] = {}
@@ -164,17 +176,18 @@ class Worker:
     async def _open(self, stack: AsyncExitStack) -> None:
         options, engine = self._options, self._engine
         await stack.enter_async_context(engine)
-        exported = await stack.enter_async_context(
-            self._transport.export(options.name, options.epoch, engine.info.layout, self._count_blocks())
+        region = await stack.enter_async_context(
+            self._new_region(options.name, options.epoch, engine.info.layout, self._count_blocks())
         )
-        engine.attach(exported.region)
-        stack.callback(engine.detach, exported.region.key)
+        shared = await stack.enter_async_context(self._paths.export(region))
+        engine.attach(region)
+        stack.callback(engine.detach, region.key)
         self.endpoint = endpoint = await stack.enter_async_context(
             Endpoint(self._wires, options.token, self._methods, options.rpc)
         )
         bound = [await stack.enter_async_context(endpoint.listen(address)) for address in options.addresses]
-        self._member = self._describe(exported, bound)
-        self._assemble(exported, endpoint)
+        self._member = self._describe(region, bound)
+        self._assemble(shared, endpoint)
         stack.push_async_callback(self._prefiller.close)
         for life in (self._stepper.run(), self._pulse.run(), self._sweep()):
             self._lives.append(await stack.enter_async_context(_background(life)))
@@ -187,7 +200,7 @@ class Worker:
             wanted_bytes = info.kv_room_bytes or min(full, self._options.kv_room_bytes)
         return max(1, wanted_bytes // info.layout.block_bytes)
 
-    def _describe(self, exported: Exported, bound: Sequence[str]) -> Member:
+    def _describe(self, region: Region, bound: Sequence[str]) -> Member:
         options, info = self._options, self._engine.info
         return Member(
             worker=options.name,
@@ -196,9 +209,9 @@ class Worker:
             model=options.model or info.model,
             addresses=tuple(bound),
             layout=info.layout,
-            blocks=exported.region.blocks,
-            max_context_tokens=min(info.max_context_tokens, exported.region.blocks * info.layout.block_tokens),
-            memory=self._transport.memory if info.shares_memory else "",
+            blocks=region.blocks,
+            max_context_tokens=min(info.max_context_tokens, region.blocks * info.layout.block_tokens),
+            memory=self._paths.memory,
             pid=options.pid,
             domain=options.domain,
             device=options.device,
@@ -206,21 +219,21 @@ class Worker:
             supports=info.supports,
         )
 
-    def _assemble(self, exported: Exported, endpoint: Endpoint) -> None:
+    def _assemble(self, shared: Shared, endpoint: Endpoint) -> None:
         options, engine = self._options, self._engine
-        self._cache = PrefixCache(exported.region.blocks)
+        self._cache = PrefixCache(shared.region.blocks)
         self._leases = LeaseTable(self._cache, options.lend.lease_s)
         self._stepper = Stepper(
-            engine, exported.region, self._cache, self._leases, options.limits, StepFit(engine.info.step_prior)
+            engine, shared.region, self._cache, self._leases, options.limits, StepFit(engine.info.step_prior)
         )
-        lender = Lender(self._cache, self._leases, self._stepper, exported, endpoint, options.lend)
+        lender = Lender(self._cache, self._leases, self._stepper, shared, endpoint, options.lend)
         self._decoder = Decoder(
-            *(self._member, engine.info.eos_token_ids, exported, self._cache),
+            *(self._member, engine.info.eos_token_ids, shared, self._cache),
             *(self._stepper, lender, endpoint, options.decode),
         )
         self._prefiller = Prefiller(
-            *(self._member, engine, exported.region, self._cache),
-            *(self._transport, self._stepper, options.prefill),
+            *(self._member, engine, shared.region, self._cache),
+            *(self._paths, self._stepper, options.prefill),
         )
         self._pulse = Pulse(options.pulse_s)
         prober = Prober(endpoint)

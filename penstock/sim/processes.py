@@ -6,7 +6,7 @@ What a worker consists of is the caller's business (`Build`); everything else he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from random import Random
@@ -22,7 +22,7 @@ from penstock.serve.rpc import Endpoint, RpcOptions
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.faults import Fate, Weather
 from penstock.sim.loop import skew_s
-from penstock.transport.api import Transport
+from penstock.transport.api import MakeRegion, Transport
 from penstock.wire.memory import MemoryNetwork
 
 FRONTEND = "memory:frontend"
@@ -45,7 +45,8 @@ class Parts:
 
     options: WorkerOptions
     engine: Engine
-    transport: Transport
+    new_region: MakeRegion
+    transports: Sequence[Transport]
 
 
 Build = Callable[[Incarnation], Parts]
@@ -87,7 +88,7 @@ class Processes:
     def __init__(
         self,
         build: Build,
-        hub: Hub,
+        hubs: Sequence[Hub],
         rng: Random,
         weather: Weather,
         timing: Timing,
@@ -98,7 +99,7 @@ class Processes:
         self.network = MemoryNetwork(lambda source, to, _: self.weather.fate(rng, source, to))
         self.skews_s: dict[str, float] = {}  # by worker: how far its clock is ahead, from its next start on
         self._build = build
-        self._hub = hub
+        self._hubs = hubs
         self._rng = rng
         self._timing = timing
         self._rpc = rpc
@@ -107,7 +108,8 @@ class Processes:
         self._epochs: dict[str, int] = {}
         self._group = asyncio.TaskGroup()
         self._closing = asyncio.Event()
-        hub.on_kill = self._kill_writer
+        for hub in hubs:
+            hub.on_kill = self._kill_writer
 
     async def __aenter__(self) -> Processes:
         await self._group.__aenter__()
@@ -139,7 +141,7 @@ class Processes:
         context.run(skew_s.set, self.skews_s.get(name, 0.0))
         wires = {"memory": context.run(self.network.wire, f"{name}:{epoch}")}
         parts = self._build(who)
-        process = Process(who, parts, Worker(parts.options, parts.engine, wires, parts.transport))
+        process = Process(who, parts, Worker(parts.options, parts.engine, wires, parts.new_region, parts.transports))
         self._living[name] = process
         process.task = self._group.create_task(self._run_worker(process), name=name, context=context)
 
@@ -148,7 +150,8 @@ class Processes:
         process = self._living.pop(name)
         process.who.fate.kill()
         self.network.crash(f"{name}:{process.who.epoch}")
-        self._hub.died(f"{name}:{process.who.epoch}")
+        for hub in self._hubs:
+            hub.died(f"{name}:{process.who.epoch}")
         if process.task is not None:
             process.task.cancel()
 

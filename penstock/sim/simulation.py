@@ -34,7 +34,7 @@ from penstock.sim.wiring import Wiring
 from penstock.sim.workloads.workload import Session, Turn, Workload, play
 from penstock.tokens import count, pack
 from penstock.transport.api import Transport
-from penstock.transport.memory import MemoryHub, MemoryTransport
+from penstock.transport.memory import MemoryHub, MemoryTransport, bare_region
 
 PATIENCE_S = 3600.0  # of clients: an overloaded cluster is to be seen as it is
 QUIET_S = 60.0  # between looks at what cannot change in virtual time
@@ -99,12 +99,19 @@ class Simulation:
         self._specs = {spec.name: spec for spec in cluster.workers}
         self._links = Network()
         self._wiring = Wiring(cluster.fabric, self._links)
-        self._hub: FabricHub | MemoryHub
-        self._hub = MemoryHub() if cluster.in_place else FabricHub(self._links, self._wiring)
+        self._memory = MemoryHub()
+        self._fabric = FabricHub(self._links, self._wiring)
         self._timing = Timing(cluster.report_s, 6 * cluster.report_s, PATIENCE_S)
         self._rpc = RpcOptions()
         self._processes = Processes(
-            *(self._build, self._hub, Random(seed), Weather(cluster.message_s), self._timing, self._rpc),
+            *(
+                self._build,
+                (self._memory, self._fabric),
+                Random(seed),
+                Weather(cluster.message_s),
+                self._timing,
+                self._rpc,
+            ),
             partial(_new_router, policy, None if cluster.in_place else self._wiring),
         )
         self._processes.skews_s.update(skews_s)
@@ -172,13 +179,13 @@ class Simulation:
             sweep_s=QUIET_S,
         )
         model = Options(cluster.model, cluster.layout, cluster.max_context_tokens, spec.step_model)
-        return Parts(options, ModelledEngine(model, who.fate), self._transport(spec))
+        return Parts(options, ModelledEngine(model, who.fate), bare_region, [self._transport(spec)])
 
     def _transport(self, spec: WorkerSpec) -> Transport:
-        if isinstance(self._hub, MemoryHub):
-            return MemoryTransport(self._hub)
+        if self._cluster.in_place:
+            return MemoryTransport(self._memory)
         self._wiring.place(spec.name, spec.devices)
-        return FabricTransport(self._hub)
+        return FabricTransport(self._fabric)
 
     # Looking on
 

@@ -17,6 +17,7 @@ from functools import partial
 from penstock import clock
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.errors import ConnectionLost, KvError, Refused
+from penstock.policy.latency.transfers import TransferModel, over
 from penstock.sim.network import Flow, Network
 from penstock.sim.wiring import Route, Wiring
 from penstock.transport.api import Attached, Exported, Limits, Moved, Offer, Pipe
@@ -24,6 +25,7 @@ from penstock.transport.offers import check
 
 NAME = "fabric"
 LOCAL_BYTES_PER_S = 1e12  # between workers on one device
+LINK = over(start_s=1e-5, descriptor_s=1e-7, bytes_per_s=40e9)  # what a transfer is expected to take at first
 STALLED_S = 10.0  # without a byte more, after which a transfer is given up
 
 
@@ -52,6 +54,7 @@ class FabricHub:
         wiring: Wiring,
         name: str = NAME,
         is_fenced: bool = False,
+        prior: TransferModel = LINK,
         on_kill: Callable[[str], None] = _nobody_kills,
         software: Software = Software(),
     ) -> None:
@@ -59,6 +62,7 @@ class FabricHub:
         self.wiring = wiring
         self.name = name
         self.is_fenced = is_fenced
+        self.prior = prior
         self.on_kill = on_kill
         self.software = software
         self.is_broken = False
@@ -110,7 +114,7 @@ class FabricTransport:
 
     def __init__(self, hub: FabricHub) -> None:
         self.name = hub.name
-        self.limits = Limits(is_fenced=hub.is_fenced)
+        self.limits = Limits(is_fenced=hub.is_fenced, prior=hub.prior)
         self._hub = hub
 
     @asynccontextmanager
@@ -262,7 +266,7 @@ class _Way:
         self._landing = self._landing or asyncio.ensure_future(self._land())
 
     async def wait_landed(self, owner: str) -> None:
-        """Returns when nothing is under way, or the flow was cancelled. Raises ConnectionLost if for long no byte moves."""
+        """Returns when nothing is under way, or none will arrive. Raises ConnectionLost if for long no byte moves."""
         sent = -1.0
         while self._landing is not None:
             try:

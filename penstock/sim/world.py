@@ -19,6 +19,7 @@ from penstock.cluster import Role
 from penstock.engine.simulated import Options as EngineOptions
 from penstock.engine.simulated import expected_tokens
 from penstock.errors import PenstockError
+from penstock.policy.latency.transfers import over
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Route
 from penstock.request import Finish, Request, Sampling
@@ -26,19 +27,22 @@ from penstock.serve.router import Router
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.faults import FAIR, MortalEngine, Weather
 from penstock.sim.network import Network
-from penstock.sim.processes import Incarnation, Parts, Processes, Timing
+from penstock.sim.processes import Hub, Incarnation, Parts, Processes, Timing
 from penstock.sim.transport import FabricHub, FabricTransport
 from penstock.sim.wiring import Wiring
 from penstock.tokens import pack
 from penstock.topology.build import PRESETS, build
-from penstock.transport.memory import MemoryHub, MemoryTransport
+from penstock.transport.memory import MemoryHub, MemoryTransport, heap_region
+
+_PRIORS = {"rdma": over(1e-5, 1e-7, 40e9), "tcp": over(1e-4, 1e-6, 4e9)}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What the cluster consists of. Worker options apply to all; names, epochs and addresses are given by the world.
 
-    With `is_streamed` each worker has a GPU of an HGX node, and KV crosses NVLink; else all share one memory.
+    With `is_streamed` each worker has a GPU of an HGX node, and KV crosses NVLink; else all share one memory. It then
+    goes the ways named, the first of them as RDMA does, without the owner; over "tcp" owners take what arrives.
     """
 
     prefill: int = 1
@@ -49,6 +53,7 @@ class Shape:
     worker: WorkerOptions = field(default_factory=lambda: WorkerOptions("", 0))
     timing: Timing = field(default_factory=Timing)
     is_streamed: bool = False
+    ways: tuple[str, ...] = ("rdma",)
 
     def names(self) -> list[tuple[str, Role]]:
         counts: list[tuple[Role, int]] = [("prefill", self.prefill), ("decode", self.decode), ("any", self.either)]
@@ -87,11 +92,15 @@ class World(Processes):
         self.rng = Random(seed)
         self.links = Network()
         self.wiring = Wiring(build([PRESETS["hgx-h100"]]), self.links)
-        self.hub: MemoryHub | FabricHub
-        self.hub = FabricHub(self.links, self.wiring, has_memory=True) if shape.is_streamed else MemoryHub()
+        self.memory = MemoryHub()
+        self.ways = {
+            name: FabricHub(self.links, self.wiring, name, is_fenced=name == "tcp", prior=_PRIORS[name])
+            for name in (shape.ways if shape.is_streamed else ())
+        }
         self._requests = 0
         new_router = partial(Router, policy=policy)
-        super().__init__(self._make, self.hub, self.rng, weather, shape.timing, shape.worker.rpc, new_router)
+        hubs: list[Hub] = [self.memory, *self.ways.values()]
+        super().__init__(self._make, hubs, self.rng, weather, shape.timing, shape.worker.rpc, new_router)
 
     async def __aenter__(self) -> World:
         await super().__aenter__()
@@ -152,9 +161,10 @@ class World(Processes):
             kv_bytes=shape.kv_blocks * 16 * shape.engine.block_tokens,
         )
         engine = MortalEngine(shape.engine, who.fate)
-        if isinstance(self.hub, MemoryHub):
-            return Parts(options, engine, MemoryTransport(self.hub))
+        if not shape.is_streamed:
+            return Parts(options, engine, heap_region, [MemoryTransport(self.memory)])
         number = names.index(who.name) if who.name in names else len(names)
         device = f"node0/gpu{number}"
         self.wiring.place(who.name, (device,))
-        return Parts(replace(options, domain="fabric", device=device), engine, FabricTransport(self.hub))
+        transports = [FabricTransport(hub) for hub in self.ways.values()]
+        return Parts(replace(options, domain="fabric", device=device), engine, heap_region, transports)

@@ -22,6 +22,8 @@ import msgspec
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.policy.latency.transfers import TransferModel, over
 
+UNKNOWN = over(start_s=1e-4, descriptor_s=1e-6, bytes_per_s=1e9)
+
 MakeRegion = Callable[[str, int, KvLayout, int], AbstractAsyncContextManager[Region]]
 """(owner, epoch, layout, blocks): memory for a region while inside the block. Raises SetupError for want of it."""
 
@@ -57,7 +59,7 @@ class Limits:
 
     is_in_place: bool = False
     is_fenced: bool = False
-    prior: TransferModel = over(start_s=1e-4, descriptor_s=1e-6, bytes_per_s=1e9)
+    prior: TransferModel = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

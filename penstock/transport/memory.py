@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from penstock.blocks import Region
+from penstock.blocks import KvLayout, Region
 from penstock.errors import KvError, Refused
 from penstock.transport.api import Attached, Exported, Limits, Offer, Pipe
 from penstock.transport.offers import check
@@ -19,6 +19,18 @@ NAME = "memory"
 
 def _nobody_kills(writer: str) -> None:
     raise KvError(f"{writer} is stuck with memory it may write, and this hub was not told how to kill it")
+
+
+@asynccontextmanager
+async def heap_region(owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Region]:
+    """See `transport.api.MakeRegion`: memory of this process alone."""
+    yield Region(owner, epoch, layout, blocks, memoryview(bytearray(blocks * layout.block_bytes)))
+
+
+@asynccontextmanager
+async def bare_region(owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Region]:
+    """See `transport.api.MakeRegion`: no buffer, since the engine has memory of its own for it, or needs none."""
+    yield Region(owner, epoch, layout, blocks, None)
 
 
 class MemoryHub:

@@ -55,6 +55,11 @@ _PACKET_BYTES = 1 << 16
 _SO_PEERPIDFD = 77  # since Linux 6.5; Python 3.11 does not name it
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """There is nothing to set."""
+
+
 class _Ask(msgspec.Struct, frozen=True):
     """Hand me the region of this offer; I am `writer`."""
 
@@ -73,7 +78,7 @@ class ShmTransport:
     name = NAME
     limits = Limits(is_in_place=True)
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, options: Options = Options()) -> None:
         self._token = token
 
     @property
@@ -289,3 +294,6 @@ def _packet_socket() -> socket.socket:
 
 def _socket_address(offer: Offer) -> str:
     return "\0" + offer.address.removeprefix("@")
+
+
+TRANSPORT = ShmTransport

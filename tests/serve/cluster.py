@@ -17,8 +17,7 @@ from penstock.serve.router import Router
 from penstock.serve.rpc import Endpoint
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.tokens import pack
-from penstock.transport.api import Exported
-from penstock.transport.memory import MemoryHub, MemoryTransport
+from penstock.transport.memory import MemoryHub, MemoryTransport, heap_region
 from penstock.wire.memory import MemoryNetwork
 
 MODEL = "m"
@@ -41,18 +40,6 @@ def by_turns(*policies: Route) -> Route:
         return policies[next(turn) % len(policies)](now, ask, fleet, rng)
 
     return route
-
-
-class _WatchedTransport(MemoryTransport):
-    """Remembers the region that it made."""
-
-    region: Region
-
-    @asynccontextmanager
-    async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
-        async with super().export(owner, epoch, layout, blocks) as exported:
-            self.region = exported.region
-            yield exported
 
 
 class Cluster:
@@ -109,10 +96,14 @@ async def cluster(
                 addresses=(address,),
                 kv_bytes=kv_blocks * engine.info.layout.block_bytes,
             )
-            transport = _WatchedTransport(hub)
-            worker = Worker(own, engine, {"memory": network.wire(name)}, transport)
+
+            @asynccontextmanager
+            async def new_region(owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Region]:
+                async with heap_region(owner, epoch, layout, blocks) as regions[owner]:
+                    yield regions[owner]
+
+            worker = Worker(own, engine, {"memory": network.wire(name)}, new_region, [MemoryTransport(hub)])
             workers[name] = await stack.enter_async_context(worker)
-            regions[name] = transport.region
             await _announce(stack, discovery, worker.member)
         endpoint = await stack.enter_async_context(Endpoint({"memory": network.wire("frontend")}, "", {}))
         router = await stack.enter_async_context(Router(discovery, endpoint, Random(1), policy))

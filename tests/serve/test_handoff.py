@@ -14,11 +14,12 @@ from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Hop, Sampling
 from penstock.serve.handoff import PrefillAsk, SettleAsk
 from penstock.serve.lend import LendOptions, Reclaimer
+from penstock.serve.paths import Shared
 from penstock.serve.rpc import Call, Endpoint
 from penstock.sim.loop import run_virtual
 from penstock.sim.world import World
 from penstock.tokens import pack
-from penstock.transport.api import Offer
+from penstock.transport.api import Limits, Offer
 from penstock.wire.memory import MemoryNetwork
 
 LAYOUT = KvLayout(1, 1, 1, 16, "uint64")
@@ -30,7 +31,7 @@ class Exported:
     region = Region("d", 1, LAYOUT, 8, None)
     offer = Offer("memory", "d", 1, "d", LAYOUT, 8)
 
-    async def wait_gone(self, writer: str) -> None:
+    async def fence(self, writer: str, request: str) -> None:
         await asyncio.sleep(2)
         raise OSError("too many open files")
 
@@ -43,10 +44,11 @@ def test_a_question_that_fails_is_no_answer(caplog: pytest.LogCaptureFixture) ->
         cache = PrefixCache(8)
         leases = LeaseTable(cache, lease_s=5.0)
         async with Endpoint({"memory": MemoryNetwork().wire("d")}, "", {}) as endpoint:
-            reclaimer = Reclaimer(leases, Exported(), endpoint, LendOptions(), lambda: None)
+            shared = Shared(Exported.region, {"memory": Exported()}, {"memory": Limits(is_in_place=True)})
+            reclaimer = Reclaimer(leases, shared, endpoint, LendOptions(), lambda: None)
             lease = leases.open(0.0, "p:1", 3)
             leases.grow(0.0, lease.id, 3)
-            reclaimer.abort(lease, Hop("p", 1, ("memory:p",)), "r1")
+            reclaimer.abort(lease, Hop("p", 1, ("memory:p",)), "r1", "")
             await asyncio.sleep(20)
             assert (cache.quarantined, cache.available) == (3, 5)
 
@@ -62,7 +64,7 @@ def test_a_worker_takes_neither_prompts_nor_questions_meant_for_another_incarnat
     async def story() -> None:
         async with World(seed=1) as world:
             offer = Offer("memory", "decode-0", 1, "decode-0", world.workers["decode-0"].member.layout, 1024)
-            prefill = PrefillAsk("r", pack([1, 2]), Sampling(1), offer, writer="prefill-0:7", alive_s=1.0)
+            prefill = PrefillAsk("r", pack([1, 2]), Sampling(1), (offer,), writer="prefill-0:7", alive_s=1.0)
             settle = SettleAsk("prefill-0:7", "r", "decode-0", 1)
             peer = await world.router.endpoint.peer(world.workers["prefill-0"].member.addresses)
             for method, ask in (("prefill", prefill), ("settle", settle)):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import pytest
 
 from penstock.blocks import KvLayout, Region
 from penstock.engine.simulated import Options, SimulatedEngine
 from penstock.errors import EngineFailed, StaleEpoch
-from penstock.serve.prefill import Mappings
+from penstock.serve.mappings import Mappings
+from penstock.serve.paths import Paths
 from penstock.sim.loop import run_virtual
 from penstock.transport.api import Attached, Exported, Offer
-from penstock.transport.memory import MemoryHub, MemoryTransport
+from penstock.transport.memory import MemoryHub, MemoryTransport, heap_region
 
 LAYOUT = KvLayout(1, 1, 1, 16, "uint64", packing="fingerprints")
 WRITER = "prefill-0:1"
@@ -39,11 +40,13 @@ class Picky(SimulatedEngine):
 
 
 def mappings(hub: MemoryHub, engine: SimulatedEngine | None = None, active: int = 2) -> Mappings:
-    return Mappings(engine or SimulatedEngine(Options()), Slow(hub), WRITER, active)
+    return Mappings(engine or SimulatedEngine(Options()), Paths([Slow(hub)]), WRITER, active)
 
 
-def exported(hub: MemoryHub, owner: str) -> AbstractAsyncContextManager[Exported]:
-    return MemoryTransport(hub).export(owner, 1, LAYOUT, 4)
+@asynccontextmanager
+async def exported(hub: MemoryHub, owner: str) -> AsyncIterator[Exported]:
+    async with heap_region(owner, 1, LAYOUT, 4) as region, MemoryTransport(hub).export(region) as exported:
+        yield exported
 
 
 def test_an_owner_that_does_not_hand_over_its_region_holds_up_nobody_else() -> None:
@@ -90,7 +93,7 @@ def test_a_region_is_let_go_once_its_owner_is_gone_and_nobody_uses_it() -> None:
             async with regions.mapped(a.offer):
                 pass
             await regions.release_orphans()
-            gone = asyncio.create_task(a.wait_gone(WRITER))
+            gone = asyncio.create_task(a.fence(WRITER, "r"))
             await asyncio.sleep(1)
             assert not gone.done()  # kept for the next prompt
         with pytest.raises(StaleEpoch):
@@ -110,6 +113,6 @@ def test_a_region_that_the_engine_refuses_does_not_stay_mapped() -> None:
             with pytest.raises(EngineFailed):
                 async with regions.mapped(a.offer):
                     pass
-            await asyncio.wait_for(a.wait_gone(WRITER), 1)
+            await asyncio.wait_for(a.fence(WRITER, "r"), 1)
 
     run_virtual(story())

@@ -16,14 +16,14 @@ from penstock.errors import SetupError, WireError
 from penstock.serve.registry import stay_announced
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.loop import run_virtual
-from penstock.transport.memory import MemoryHub, MemoryTransport
+from penstock.transport.memory import MemoryHub, MemoryTransport, heap_region
 from penstock.wire.memory import MemoryNetwork
 
 
 def worker() -> Worker:
     options = WorkerOptions("w", 1, addresses=("memory:w",))
     wires = {"memory": MemoryNetwork().wire("w")}
-    return Worker(options, SimulatedEngine(Options()), wires, MemoryTransport(MemoryHub()))
+    return Worker(options, SimulatedEngine(Options()), wires, heap_region, [MemoryTransport(MemoryHub())])
 
 
 class Closed(MemoryDiscovery):

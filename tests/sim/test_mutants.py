@@ -13,14 +13,16 @@ from penstock.engine.simulated import expected_tokens
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.request import Hop, Token
 from penstock.serve.decode import Decoder, Output, Sequence
+from penstock.serve.job import Job
 from penstock.serve.lend import Borrowing, Lender, Reclaimer
-from penstock.serve.prefill import Job, Prefiller, _WriteThrough
+from penstock.serve.paths import Conduit
+from penstock.serve.prefill import Prefiller
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
+from penstock.serve.streamed import Streamer, _WriteThrough
 from penstock.sim import transport as fabric
 from penstock.sim.transport import _Export, _Pipe
 from penstock.tokens import unpack
-from penstock.transport.api import Pipe
 from tests.kv import test_lease as lease_rules
 from tests.sim import test_faults as stories
 from tests.sim import test_storms as storms
@@ -83,7 +85,7 @@ def pins_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 
     def give_back(self: Lender, borrowing: Borrowing) -> None:
         if borrowing.lease is not None:
-            self._reclaimer.abort(borrowing.lease, borrowing.hop, borrowing.request)
+            self._reclaimer.abort(borrowing.lease, borrowing.hop, borrowing.request, borrowing.transfer)
 
     patch.setattr(Lender, "give_back", give_back)
 
@@ -133,8 +135,8 @@ def blocks_under_way_are_not_held(patch: pytest.MonkeyPatch) -> None:
     """What a pipe reads from is the run's alone."""
     push = _WriteThrough.push
 
-    def push_and_let_go(self: _WriteThrough, pipe: Pipe) -> bool:
-        is_rest = push(self, pipe)
+    def push_and_let_go(self: _WriteThrough, conduit: Conduit) -> bool:
+        is_rest = push(self, conduit)
         self.release()
         return is_rest
 
@@ -153,19 +155,20 @@ def first_token_binds_nobody(patch: pytest.MonkeyPatch) -> None:
 def done_before_flush(patch: pytest.MonkeyPatch) -> None:
     """Done is said while bytes are still under way."""
 
-    async def flush(self: _Pipe) -> None:
+    async def flush(self: Conduit) -> None:
         return
 
-    patch.setattr(_Pipe, "flush", flush)
+    patch.setattr(Conduit, "is_at_rest", True)
+    patch.setattr(Conduit, "flush", flush)
 
 
 def owner_knows_no_writer(patch: pytest.MonkeyPatch) -> None:
     """A writer connects unseen, as if after it was granted blocks: the owner takes it for gone."""
 
-    async def wait_gone(self: _Export, writer: str) -> None:
+    async def fence(self: _Export, writer: str, request: str) -> None:
         return
 
-    patch.setattr(_Export, "wait_gone", wait_gone)
+    patch.setattr(_Export, "fence", fence)
 
 
 def offers_do_not_age(patch: pytest.MonkeyPatch) -> None:
@@ -175,28 +178,28 @@ def offers_do_not_age(patch: pytest.MonkeyPatch) -> None:
 
 def preempted_prefills_keep_what_they_sent(patch: pytest.MonkeyPatch) -> None:
     """Their blocks are held until the pipe is left, though they may be what they lack to start again."""
-    preempt = Stepper._preempt
+    release = _WriteThrough.release
 
-    def preempt_silently(self: Stepper, run: Run) -> None:
-        run.on_preempt = None
-        preempt(self, run)
+    def release_at_the_end(self: _WriteThrough) -> None:
+        if self._job.first is not None:
+            release(self)
 
-    patch.setattr(Stepper, "_preempt", preempt_silently)
+    patch.setattr(_WriteThrough, "release", release_at_the_end)
 
 
 def no_token_from_who_computes_before_it_is_granted_blocks(patch: pytest.MonkeyPatch) -> None:
     """All is computed when the first blocks are granted, and the first token is forgotten."""
-    stream = Prefiller._stream
+    stream = Streamer._stream
 
-    async def stream_alone(self: Prefiller, job: Job, through: _WriteThrough, pipe: Pipe) -> None:
+    async def stream_alone(self: Streamer, job: Job, through: _WriteThrough, conduit: Conduit) -> None:
         if job.first is None:
-            await stream(self, job, through, pipe)
+            await stream(self, job, through, conduit)
             return
-        while not through.push(pipe):
-            await job.take_grants()
-        await pipe.flush()
+        while not through.push(conduit):
+            await job.wait_progress()
+        await conduit.flush()
 
-    patch.setattr(Prefiller, "_stream", stream_alone)
+    patch.setattr(Streamer, "_stream", stream_alone)
 
 
 def more_steps_than_are_left(patch: pytest.MonkeyPatch) -> None:

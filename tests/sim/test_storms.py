@@ -83,7 +83,10 @@ def some_shape(rng: Random, is_streamed: bool) -> Shape:
         lend=LendOptions(lease_s=2.0, kill_after_s=8.0),
     )
     blocks = rng.choice([20, 40])
-    return Shape(prefill=2, decode=2, engine=engine, kv_blocks=blocks, worker=worker, is_streamed=is_streamed)
+    ways = rng.choice([("rdma",), ("tcp",), ("rdma", "tcp")])
+    return Shape(
+        prefill=2, decode=2, engine=engine, kv_blocks=blocks, worker=worker, is_streamed=is_streamed, ways=ways
+    )
 
 
 def some_prompts(rng: Random, count: int) -> list[list[int]]:
@@ -97,7 +100,7 @@ def some_prompts(rng: Random, count: int) -> list[list[int]]:
 
 def misfortune(rng: Random, world: World) -> None:
     name = rng.choice(NAMES)
-    kind = rng.choice(["crash", "freeze", "hang", "restart", "link", "link", "none"])
+    kind = rng.choice(["crash", "freeze", "hang", "restart", "link", "link", "way", "none"])
     later = asyncio.get_running_loop().call_later
     if name not in world.workers:
         world.start(name, "prefill" if name.startswith("prefill") else "decode")
@@ -109,6 +112,10 @@ def misfortune(rng: Random, world: World) -> None:
     elif kind in ("freeze", "hang"):
         (world.freeze if kind == "freeze" else world.stall)(name)
         later(rng.choice([1, 3, 5]), wake, world, name)
+    elif kind == "way" and world.shape.is_streamed:
+        hub = world.ways[rng.choice(list(world.ways))]
+        hub.fail()
+        later(rng.choice([1, 4]), hub.mend)
     elif kind == "link" and world.shape.is_streamed:
         source, to = rng.choice(list(permutations(NAMES, 2)))
         slow(world, source, to, rng.choice([TRICKLE, TRICKLE, 0.0]))
@@ -134,6 +141,8 @@ async def clear_up(world: World) -> None:
             world.thaw(name)
         else:
             world.start(name, "prefill" if name.startswith("prefill") else "decode")
+    for hub in world.ways.values():
+        hub.mend()
     if world.shape.is_streamed:
         for source, to in permutations(NAMES, 2):
             slow(world, source, to, 1.0)

@@ -134,7 +134,7 @@ def test_a_cut_link_is_given_up_and_the_prompt_computed_here() -> None:
             throttle(world, 0.0)
             answer = await asking
             timeline = timeline_of(answer)
-            assert "no byte has reached decode-0" in timeline.failures[0] and timeline.path == "local"
+            assert "no byte of decode-0's has moved" in timeline.failures[0] and timeline.path == "local"
             assert STALLED_S < answer.ended_s < 3 * STALLED_S
             await world.settle(within_s=5)  # though the link is still cut
             restore(world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 from msgspec.structs import replace
@@ -17,6 +17,7 @@ from penstock.sim.transport import STALLED_S, FabricHub, FabricTransport, Softwa
 from penstock.sim.wiring import Wiring
 from penstock.topology.build import PRESETS, build
 from penstock.transport.api import Exported, Pipe
+from penstock.transport.memory import heap_region
 
 LAYOUT = KvLayout(1, 1, 1, 1024, "uint64", packing="fingerprints")
 BLOCKS = 8
@@ -32,9 +33,12 @@ class Pair:
         self.wiring = Wiring(build([PRESETS["hgx-h100"]]), self.links)
         self.wiring.place("p", ("node0/gpu0",))
         self.wiring.place("d", ("node0/gpu1",))
-        self.hub = FabricHub(self.links, self.wiring, has_memory=True, on_kill=self.killed.append, software=software)
+        self.hub = FabricHub(self.links, self.wiring, on_kill=self.killed.append, software=software)
         self.owner: Exported
         self.source: Exported
+
+    def connect(self) -> AbstractAsyncContextManager[Pipe]:
+        return FabricTransport(self.hub).connect(self.owner.offer, self.source.region, "p:1", "r", lambda: None)
 
     def set_rate(self, bytes_per_s: float) -> None:
         for link in self.wiring.route("p", "d").links:
@@ -49,9 +53,11 @@ class Pair:
 async def pair() -> AsyncIterator[tuple[Pair, Pipe]]:
     both = Pair()
     async with (
-        FabricTransport(both.hub).export("d", 1, LAYOUT, BLOCKS) as both.owner,
-        FabricTransport(both.hub).export("p", 1, LAYOUT, BLOCKS) as both.source,
-        FabricTransport(both.hub).connect(both.owner.offer, both.source.region, "p:1") as pipe,
+        heap_region("d", 1, LAYOUT, BLOCKS) as there,
+        heap_region("p", 1, LAYOUT, BLOCKS) as here,
+        FabricTransport(both.hub).export(there) as both.owner,
+        FabricTransport(both.hub).export(here) as both.source,
+        FabricTransport(both.hub).connect(both.owner.offer, here, "p:1", "r", lambda: None) as pipe,
     ):
         assert both.source.region.buffer is not None
         for number in range(BLOCKS):
@@ -82,7 +88,9 @@ def test_a_pipe_that_was_left_writes_no_more_and_leaves_its_links() -> None:
     async def story() -> None:
         async with pair() as (both, pipe):
             pipe.write(blocks((0, 0), (1, 1)))
-            async with FabricTransport(both.hub).connect(both.owner.offer, both.source.region, "p:1") as other:
+            async with FabricTransport(both.hub).connect(
+                both.owner.offer, both.source.region, "p:1", "r", lambda: None
+            ) as other:
                 other.write(blocks((2, 2), (3, 3)))
                 await asyncio.sleep(2.5)  # two pipes: each has half
             await pipe.flush()
@@ -97,7 +105,7 @@ def test_a_death_on_either_side_ends_the_pipe(who: str) -> None:
     async def story() -> None:
         async with pair() as (both, pipe):
             pipe.write(blocks((0, 0), (1, 1)))
-            gone = asyncio.ensure_future(both.owner.wait_gone("p:1"))
+            gone = asyncio.ensure_future(both.owner.fence("p:1", "r"))
             await asyncio.sleep(1.5)
             assert not gone.done()
             both.hub.died(who)
@@ -114,7 +122,7 @@ def test_only_a_writer_that_is_there_can_be_killed() -> None:
     async def story() -> None:
         async with pair() as (both, _):
             both.owner.kill("p:2")
-            await both.owner.wait_gone("p:2")
+            await both.owner.fence("p:2", "r")
             assert both.killed == []
             both.owner.kill("p:1")
             assert both.killed == ["p:1"]
@@ -132,7 +140,7 @@ def test_only_a_transfer_of_which_nothing_arrives_is_given_up(rate: float, is_gi
             await asyncio.sleep(0.5)
             both.set_rate(rate)
             if is_given_up:
-                with pytest.raises(ConnectionLost, match="no byte has reached d for 10 s"):
+                with pytest.raises(ConnectionLost, match="no byte of d's has moved for 10 s"):
                     await pipe.flush()
             else:
                 await pipe.flush()
@@ -146,7 +154,7 @@ def test_an_offer_of_an_incarnation_before_is_stale() -> None:
         async with pair() as (both, _):
             before = replace(both.owner.offer, epoch=0)
             with pytest.raises(StaleEpoch):
-                async with FabricTransport(both.hub).connect(before, both.source.region, "p:1"):
+                async with FabricTransport(both.hub).connect(before, both.source.region, "p:1", "r", lambda: None):
                     pytest.fail("it was let in")
 
     run_virtual(story())
@@ -157,7 +165,9 @@ def test_an_owner_that_is_gone_is_refused() -> None:
         async with pair() as (both, _):
             both.hub.died("d:1")
             with pytest.raises(Refused, match="offers no region"):
-                async with FabricTransport(both.hub).connect(both.owner.offer, both.source.region, "p:1"):
+                async with FabricTransport(both.hub).connect(
+                    both.owner.offer, both.source.region, "p:1", "r", lambda: None
+                ):
                     pytest.fail("it was let in")
             with pytest.raises(Refused, match="cannot compute in the memory of d"):
                 FabricTransport(both.hub).attach(both.owner.offer, "p:1")

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Protocol
 
 from msgspec import Meta
 
-from penstock.config import parse, suggestion
+from penstock.config import parse, settings, suggestion
 from penstock.errors import SetupError
 from penstock.sim.workloads.generated import (
     AGENT,
@@ -144,9 +144,9 @@ TRACES = {".jsonl": mooncake, ".csv": azure}
 
 def find(spec: str) -> Workload:
     """Raises SetupError for what there is not, or for a setting that does not fit; names the setting."""
-    name, _, listed = spec.partition(":")
+    name = spec.partition(":")[0]
     if name in KINDS:
-        return parse(KINDS[name], _settings(name, listed), f"workload {name!r}").workload()
+        return parse(KINDS[name], settings(spec, "workload"), f"workload {name!r}").workload()
     path = Path(spec)
     if path.suffix in TRACES:
         return TRACES[path.suffix](path)
@@ -154,15 +154,3 @@ def find(spec: str) -> Workload:
         f"there is no workload {spec!r}{suggestion(name, KINDS)}: there is {', '.join(KINDS)}, "
         f"and files that end in {' or '.join(TRACES)}"
     )
-
-
-def _settings(name: str, listed: str) -> dict[str, str]:
-    settings: dict[str, str] = {}
-    for part in listed.split(",") if listed else ():
-        key, equals, value = (text.strip() for text in part.partition("="))
-        if not (key and equals and value):
-            raise SetupError(f"workload {name!r}: {part!r} is no setting; write them as rate=4,requests=500")
-        if key in settings:
-            raise SetupError(f"workload {name!r}: {key!r} is set twice")
-        settings[key] = value
-    return settings

@@ -46,7 +46,7 @@ def test_traces_by_their_path(tmp_path: Path) -> None:
         ("chat:rate=0", r"workload 'chat' does not fit: .*> 0\.0 - at `\$\.rate`"),
         ("chat:requests=0", r">= 1 - at `\$\.requests`"),
         ("diurnal:swing=2", r"<= 1\.0 - at `\$\.swing`"),
-        ("chat:rate", "'rate' is no setting; write them as rate=4,requests=500"),
+        ("chat:rate", "'rate' is no setting; write them as chat:key=value,key=value"),
         ("chat:rate=4,", "'' is no setting"),
         ("chat:seed=1,seed=2", "'seed' is set twice"),
     ],
