@@ -34,6 +34,7 @@ Pairs = Sequence[tuple[BlockId, BlockId]]
 Agree = Callable[[str, str], Awaitable[None]]
 """(transfer, next transfer): has the owner fence the first off, and returns once the next may write."""
 
+
 @dataclass(frozen=True, slots=True)
 class PathOptions:
     """A way that failed is left alone for `cool_down_s`, and after each further failure twice as long as before."""

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from penstock import clock
 from penstock.blocks import BlockId, KvLayout, Region
@@ -26,6 +25,7 @@ from penstock.transport.offers import check
 NAME = "fabric"
 LOCAL_BYTES_PER_S = 1e12  # between workers on one device
 LINK = over(start_s=1e-5, descriptor_s=1e-7, bytes_per_s=40e9)  # what a transfer is expected to take at first
+HALF_A_BYTE = 0.5  # bytes that have arrived are no whole number, and may fall a little short of one
 STALLED_S = 10.0  # without a byte more, after which a transfer is given up
 
 
@@ -179,7 +179,6 @@ class _Pipe:
     ) -> None:
         self.writer = writer
         self.request = request
-        self.moved = Moved()
         self.gone = asyncio.Event()
         self._hub = hub
         self._source = source
@@ -188,7 +187,14 @@ class _Pipe:
         self._why = ""  # it was closed
         self._latency_s = 0.0
         self._ways: dict[bool, _Way] = {}  # to the owner, and from there
+        self._busy_s = 0.0
         self._began_s: float | None = None  # when there was something to move, after there was nothing
+
+    @property
+    def moved(self) -> Moved:
+        written = self._ways[True].landed_blocks if True in self._ways else 0
+        blocks = sum(way.landed_blocks for way in self._ways.values())
+        return Moved(written, blocks * self._source.layout.block_bytes, self._busy_s, blocks)
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
         self._move(True, list(blocks))
@@ -227,34 +233,33 @@ class _Pipe:
         route = hub.wiring.route(ends[0].owner, ends[1].owner)
         self._latency_s = route.latency_s + hub.software.start_s
         flow = hub.network.start(route.links, 0.0, _cap_bytes_per_s(hub.software, route, here.layout))
-        way = self._ways[is_write] = _Way(flow, *ends, partial(self._on_landed, is_write))
+        way = self._ways[is_write] = _Way(flow, *ends, self._on_landed)
         return way
 
-    def _on_landed(self, is_write: bool, blocks: int) -> None:
-        size_bytes = blocks * self._source.layout.block_bytes
-        seconds = self.moved.seconds
+    def _on_landed(self) -> None:
         if self._began_s is not None and all(way.is_idle for way in self._ways.values()):
-            seconds, self._began_s = seconds + clock.now() - self._began_s, None
-        self.moved = Moved(
-            self.moved.blocks + (blocks if is_write else 0),
-            self.moved.size_bytes + size_bytes,
-            seconds,
-            self.moved.descriptors + blocks,
-        )
+            self._busy_s, self._began_s = self._busy_s + clock.now() - self._began_s, None
         self._on_moved()
 
 
 class _Way:
-    """One direction of a pipe. `on_landed` is told how many blocks more are in place, batch by batch."""
+    """One direction of a pipe. `on_landed` is called batch by batch."""
 
-    def __init__(self, flow: Flow, source: Region, target: Region, on_landed: Callable[[int], None]) -> None:
+    def __init__(self, flow: Flow, source: Region, target: Region, on_landed: Callable[[], None]) -> None:
         self._flow = flow
         self._source = source
         self._target = target
         self._on_landed = on_landed
         self._batches: deque[list[tuple[BlockId, BlockId]]] = deque()
         self._landing: asyncio.Task[None] | None = None
-        self._landed_bytes = 0  # and those of the block that is landing
+        self._stored_blocks = 0
+        self._due_bytes = 0  # with the block, or the batch, that lands next
+
+    @property
+    def landed_blocks(self) -> int:
+        if self._target.buffer is not None:
+            return self._stored_blocks
+        return int(self._flow.sent_bytes(clock.now()) + HALF_A_BYTE) // self._source.layout.block_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -284,7 +289,8 @@ class _Way:
         try:
             while self._batches:
                 await self._land_batch(self._batches[0])
-                self._on_landed(len(self._batches.popleft()))
+                self._batches.popleft()
+                self._on_landed()
         except ConnectionLost:
             pass  # who closed the pipe knows why
         self._landing = None
@@ -293,13 +299,14 @@ class _Way:
         """Puts each block into memory when its last byte is there."""
         source, target, size = self._source.buffer, self._target.buffer, self._source.layout.block_bytes
         if source is None or target is None:
-            self._landed_bytes += len(blocks) * size
-            await self._flow.wait_sent(self._landed_bytes)
+            self._due_bytes += len(blocks) * size
+            await self._flow.wait_sent(self._due_bytes)
             return
         for here, there in blocks:
-            self._landed_bytes += size
-            await self._flow.wait_sent(self._landed_bytes)
+            self._due_bytes += size
+            await self._flow.wait_sent(self._due_bytes)
             target[there * size : (there + 1) * size] = source[here * size : (here + 1) * size]
+            self._stored_blocks += 1
 
 
 def _cap_bytes_per_s(software: Software, route: Route, layout: KvLayout) -> float:

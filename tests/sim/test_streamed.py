@@ -12,6 +12,7 @@ from penstock.errors import PenstockError
 from penstock.policy.batching import Limits
 from penstock.policy.routing.api import Ask, Choice, Fleet, Route
 from penstock.request import Request, Sampling, Timeline
+from penstock.serve.lend import LendOptions
 from penstock.serve.worker import WorkerOptions
 from penstock.sim.loop import run_virtual
 from penstock.sim.transport import STALLED_S
@@ -387,5 +388,127 @@ def test_no_token_is_sent_past_one_that_stops() -> None:
             assert tokens == expected[: expected.index(expected[20]) + 1] and finish.reason == "stop"
             await world.settle()
             assert clock.now() < 10
+
+    run_virtual(story())
+
+
+# Several ways, many writers, prefixes
+
+
+def test_a_way_that_breaks_down_in_mid_transfer_is_replaced_by_the_next() -> None:
+    async def story() -> None:
+        async with streamed(ways=("rdma", "tcp")) as world:
+            asking = await ask_and_wait_for_first(world)  # a quarter is there
+            world.ways["rdma"].fail()
+            answer = await asking
+            timeline = timeline_of(answer)
+            assert (timeline.path, timeline.transport, timeline.failures) == ("streamed", "tcp", [])
+            assert timeline.decoding_s is not None and timeline.decoding_s < 4.5  # what was there is not sent again
+            assert timeline_of(await world.ask(tokens=PROMPT)).transport == "tcp"  # the other one cools down
+            world.ways["rdma"].mend()
+            await asyncio.sleep(5)
+            assert timeline_of(await world.ask(tokens=PROMPT)).transport == "rdma"
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_what_is_fenced_off_comes_back_at_once_though_its_writer_is_frozen() -> None:
+    async def story() -> None:
+        async with streamed(ways=("tcp",)) as world:
+            asking = await ask_and_wait_for_first(world)
+            world.freeze("prefill-0")
+            asking.cancel()
+            await asyncio.wait([asking])
+            await asyncio.sleep(0.5)
+            assert world.workers["decode-0"].load().quarantined_blocks == 0
+            world.thaw("prefill-0")
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_what_cannot_be_fenced_off_waits_for_its_writer() -> None:
+    async def story() -> None:
+        async with streamed(ways=("rdma",)) as world:
+            asking = await ask_and_wait_for_first(world)
+            world.freeze("prefill-0")
+            asking.cancel()
+            await asyncio.wait([asking])
+            await asyncio.sleep(0.5)
+            assert world.workers["decode-0"].load().quarantined_blocks > 0
+            world.thaw("prefill-0")
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_first() -> None:
+    async def story() -> None:
+        block_bytes = 16 * TOKEN_BYTES
+        worker = WorkerOptions("", 0, lend=LendOptions(incoming_bytes=8 * block_bytes, lease_s=60.0))
+        names = [f"prefill-{number}" for number in range(6)]
+        policy = by_turns(*(through(name, "decode-0") for name in names))
+        async with streamed(prefill=6, policy=policy, worker=worker) as world:
+            for name in names:
+                throttle(world, PROMPT * TOKEN_BYTES / 4, name)
+            asking = [asyncio.create_task(world.ask(tokens=PROMPT)) for _ in names]
+            lent = []
+            while not all(task.done() for task in asking):
+                lent.append(world.workers["decode-0"].load().leased_blocks)
+                await asyncio.sleep(0.05)
+            answers = [await task for task in asking]
+            assert all(timeline_of(answer).path == "streamed" for answer in answers)
+            ended = sorted(answer.ended_s for answer in answers)
+            assert ended[0] < 6 and 23 < ended[-1] < 26  # 4 s each, one after the other; side by side all take 24 s
+            await world.settle()
+
+    run_virtual(story())
+
+
+def with_a_prefix_at_decode(ways: tuple[str, ...], link_bytes_per_s: float) -> Timeline:
+    """Of a prompt whose first half the decode worker alone has cached, and which is computed elsewhere."""
+
+    async def story() -> Timeline:
+        policy = by_turns(through("decode-0", "decode-0"), *[through("prefill-0", "decode-0")] * 13)
+        engine = EngineOptions(prefill_token_s=1e-3)
+        async with streamed(policy=policy, engine=engine, ways=ways) as world:
+            first = [world.rng.randrange(100, 30_000) for _ in range(PROMPT)]
+            timeline_of(await world.ask(first))
+            for _ in range(12):  # the prefill worker learns how fast it is
+                timeline_of(await world.ask(tokens=PROMPT))
+            throttle(world, link_bytes_per_s, "decode-0", "prefill-0")
+            rest = [world.rng.randrange(100, 30_000) for _ in range(PROMPT)]
+            timeline = timeline_of(await world.ask(first + rest))
+            await world.settle()
+            return timeline
+
+    return run_virtual(story())
+
+
+def test_a_prefix_that_only_the_decode_worker_has_is_fetched_where_that_is_quicker() -> None:
+    timeline = with_a_prefix_at_decode(("rdma",), 1e9)
+    assert timeline.prefill_worker == "prefill-0" and timeline.fetched_tokens == 992
+    assert timeline.computed_tokens == 2 * PROMPT - 992 and timeline.moved_tokens == 2 * PROMPT - 992
+
+
+def test_a_prefix_whose_way_breaks_is_computed() -> None:
+    async def story() -> None:
+        policy = by_turns(through("decode-0", "decode-0"), *[through("prefill-0", "decode-0")] * 13)
+        engine = EngineOptions(prefill_token_s=1e-3)
+        async with streamed(policy=policy, engine=engine) as world:
+            first = [world.rng.randrange(100, 30_000) for _ in range(PROMPT)]
+            timeline_of(await world.ask(first))
+            for _ in range(12):
+                timeline_of(await world.ask(tokens=PROMPT))
+            throttle(world, 1_000, "decode-0", "prefill-0")
+            asking = asyncio.create_task(world.ask([*first, *[3] * PROMPT]))
+            await asyncio.sleep(0.2)  # it is being fetched
+            world.ways["rdma"].fail()
+            world.ways["rdma"].mend()
+            timeline = timeline_of(await asking)
+            assert timeline.fetched_tokens == 0 and timeline.prefill_worker == "prefill-0"
+            assert timeline.computed_tokens == 2 * PROMPT
+            await world.settle()
 
     run_virtual(story())

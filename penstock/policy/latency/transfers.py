@@ -8,10 +8,15 @@ path can do belongs to the topology: `over` makes a prior of it.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from penstock.policy.latency.fit import MEMORY, NOISE, Estimate, Line, OnlineFit, believe
 
+DRIFT = math.log(2)  # by which the last transfers may be off
+DRIFT_GAIN = 0.5
+LEAST_PRICE = 1e-15  # of what came out free
 DOUBT = 0.5  # how far off a data sheet may be: links come to 0.7 of it alone, and are shared
 
 
@@ -37,14 +42,29 @@ def over(start_s: float, descriptor_s: float, bytes_per_s: float, doubt: float =
 
 
 class TransferFit:
-    """One worker's own transfers over paths of one kind. Owned by whoever moves KV."""
+    """One worker's own transfers over paths of one kind. Owned by whoever moves KV.
+
+    A fit takes what is far off for an outlier. Here it may as well be a path that is nothing like its prior, or has
+    changed: where the last transfers were off by a factor, all prices are taken times that, and fitted from there.
+    """
 
     def __init__(self, prior: TransferModel, memory: float = MEMORY) -> None:
         self._fit = OnlineFit(prior.line, memory)
+        self._memory = memory
+        self._drift = 0.0  # log of measured over expected, of the last few
 
     def observe(self, size_bytes: float, descriptors: int, seconds: float) -> None:
         """Raises ValueError for a time that is negative or no number."""
+        if seconds > 0:
+            off = math.log(seconds / self._fit.line.seconds((1, descriptors, size_bytes)))
+            self._drift += DRIFT_GAIN * (off - self._drift)
+            if abs(self._drift) > DRIFT:
+                self._start_again(math.exp(self._drift))
         self._fit.observe((1, descriptors, size_bytes), seconds)
+
+    def _start_again(self, times: float) -> None:
+        prices = tuple(max(price * times, LEAST_PRICE) for price in self._fit.line.prices)
+        self._fit, self._drift = OnlineFit(believe(prices, DOUBT), self._memory), 0.0
 
     @property
     def model(self) -> TransferModel:
