@@ -15,22 +15,24 @@ it. Both sides prove that they know the token. What follows is not encrypted: fo
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Self
 
 import msgspec
 
-from penstock.blocks import BlockId, KvLayout, Region
+from penstock.blocks import BlockId, Region
 from penstock.errors import KvError, Refused, SetupError, UnsafeBind
-from penstock.transport import host_memory
-from penstock.transport.api import Attached, Exported, Offer
+from penstock.policy.latency.transfers import over
+from penstock.transport.api import Attached, Exported, Limits, Moved, Offer
 from penstock.transport.io_thread import IoThread
 from penstock.transport.tcp_frames import is_loopback
 from penstock.transport.tcp_options import Options
 from penstock.transport.tcp_owner import Receiver
-from penstock.transport.tcp_writer import Moved, Peer, Sending
+from penstock.transport.tcp_writer import Peer, Sending
 
 __all__ = ["NAME", "Moved", "Options", "TcpPipe", "TcpTransport"]
 
@@ -44,7 +46,7 @@ class TcpTransport:
     """
 
     name = NAME
-    is_in_place = False
+    limits = Limits(is_fenced=True, prior=over(start_s=2e-4, descriptor_s=1e-6, bytes_per_s=3e9))
     memory = ""
 
     def __init__(self, token: str, options: Options = Options()) -> None:
@@ -64,29 +66,32 @@ class TcpTransport:
         await self._io.__aexit__()
 
     @asynccontextmanager
-    async def export(self, owner: str, epoch: int, layout: KvLayout, blocks: int) -> AsyncIterator[Exported]:
-        """See `transport.api.Transport`. Raises SetupError for want of memory, or of an address to listen at."""
+    async def export(self, region: Region) -> AsyncIterator[Exported]:
+        """See `transport.api.Transport`. Raises SetupError for want of an address to listen at."""
         _check_host(self._options.host, self._token)
-        offer = Offer(NAME, owner, epoch, "", layout, blocks)
-        async with host_memory.made(owner, blocks * layout.block_bytes) as (_, buffer):
-            receiver = Receiver(offer, buffer, self._token, self._options)
-            try:
-                offer = msgspec.structs.replace(offer, address=await self._io.run(receiver.open()))
-                yield _Export(Region(owner, epoch, layout, blocks, buffer), offer, self._io, receiver)
-            finally:
-                await self._io.run_out(receiver.close())
+        if region.buffer is None:
+            raise Refused(f"the blocks of {region.owner} are not in host memory, so {NAME} cannot offer them")
+        offer = Offer(NAME, *region.key, "", region.layout, region.blocks)
+        receiver = Receiver(offer, region.buffer, self._token, self._options)
+        try:
+            offer = msgspec.structs.replace(offer, address=await self._io.run(receiver.open()))
+            yield _Export(region, offer, self._io, receiver)
+        finally:
+            await self._io.run_out(receiver.close())
 
     def attach(self, offer: Offer, writer: str) -> AbstractAsyncContextManager[Attached]:
         """Always raises Refused: it is another host's memory."""
         raise Refused(f"{writer} cannot compute in the memory of {offer.owner} over {NAME}: connect, and write into it")
 
     @asynccontextmanager
-    async def connect(self, offer: Offer, source: Region, writer: str) -> AsyncIterator[TcpPipe]:
+    async def connect(
+        self, offer: Offer, source: Region, writer: str, request: str, on_moved: Callable[[], None]
+    ) -> AsyncIterator[TcpPipe]:
         """See `transport.api.Transport`."""
         if source.buffer is None:
             raise Refused(f"the blocks of {source.owner} are not in host memory, so {NAME} cannot send them")
         with self._using(offer, writer) as peer:
-            sending = Sending(peer, source.buffer)
+            sending = Sending(peer, source.buffer, request, _on_loop(on_moved))
             try:
                 await self._io.run(sending.open())
                 if source.layout != offer.layout:
@@ -119,9 +124,9 @@ class _Export:
         self._io = io
         self._receiver = receiver
 
-    async def wait_gone(self, writer: str) -> None:
-        """Returns once every pipe is closed that `writer` has open now."""
-        await self._io.run(self._receiver.wait_gone(writer))
+    async def fence(self, writer: str, request: str) -> None:
+        """See `transport.api.Exported`."""
+        await self._io.run(self._receiver.fence(writer, request))
 
     def kill(self, writer: str) -> None:
         """Closes every pipe of `writer`, whatever that is doing."""
@@ -153,9 +158,28 @@ class TcpPipe:
                 )
         self._io.call(self._sending.write, pairs)
 
+    def read(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
+        raise Refused("not yet")
+
     async def flush(self) -> None:
         """See `transport.api.Pipe`."""
         await self._io.run(self._sending.flush())
+
+
+def _on_loop(on_moved: Callable[[], None]) -> Callable[[], None]:
+    """To be called on the I/O thread: calls `on_moved` on this loop, once for all calls that it has not yet seen."""
+    loop, is_due = asyncio.get_running_loop(), threading.Event()
+
+    def call() -> None:
+        is_due.clear()
+        on_moved()
+
+    def ask() -> None:
+        if not is_due.is_set():
+            is_due.set()
+            loop.call_soon_threadsafe(call)
+
+    return ask
 
 
 def _check_host(host: str, token: str) -> None:
@@ -170,3 +194,6 @@ def _check_host(host: str, token: str) -> None:
             raise SetupError(f"peers cannot dial {host}: offer KV at the address by which they reach this host")
     if not is_local and not token:
         raise UnsafeBind(f"KV at {host} could be written by anybody: set PENSTOCK_TOKEN, or offer it at 127.0.0.1")
+
+
+TRANSPORT = TcpTransport

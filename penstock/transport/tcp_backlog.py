@@ -25,6 +25,7 @@ class Backlog:
         self._block_bytes = block_bytes
         self._pairs: deque[tuple[BlockId, BlockId]] = deque()
         self._taken_bytes = 0  # of the first pair
+        self.taken_pairs = 0  # whole ones
 
     def __bool__(self) -> bool:
         return bool(self._pairs)
@@ -54,6 +55,7 @@ class Backlog:
                         return runs
                 (source, target), size = starts, self._block_bytes
             self._pairs.popleft()
+            self.taken_pairs += 1
         return [*runs, Run(source, target, size)] if size else runs
 
     def _take_part(self, limit_bytes: int) -> Run:
@@ -63,5 +65,6 @@ class Backlog:
         self._taken_bytes += size
         if self._taken_bytes == self._block_bytes:
             self._pairs.popleft()
+            self.taken_pairs += 1
             self._taken_bytes = 0
         return Run(here * self._block_bytes + start, there * self._block_bytes + start, size)

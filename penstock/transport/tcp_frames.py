@@ -4,7 +4,7 @@
         --- Hello (msgpack) ---------------------------->   on each connection of a link
         <-- None, or why not (msgpack) ------------------
 
-        --- OPEN session ------------------------------->   a pipe
+        --- OPEN session name -------------------------->   a pipe
         <-- OPENED session ------------------------------
         --- DATA session number, ranges, bytes --------->   on any of the link's connections, straight into the region
         <-- PLACED, DAMAGED or DROPPED number -----------
@@ -13,8 +13,8 @@
 
         <-- GOODBYE reason ------------------------------   and the end of the link, at any time
 
-All numbers are little-endian. A frame of DATA is its head, its ranges in the owner's region, where the link has
-checksums the payload's and that of everything so far, and the payload.
+All numbers are little-endian; a pipe's name is the xxh3 of the one it was given. A frame of DATA is its head, its
+ranges in the owner's region, where the link has checksums the payload's and that of everything so far, and the payload.
 """
 
 from __future__ import annotations

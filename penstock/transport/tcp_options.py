@@ -10,9 +10,8 @@ class Options:
     """`host` is where this worker's region is offered, as an address that peers can dial; `port` 0 takes a free one.
 
     As a writer: `connections` to each peer, over which at most `max_outstanding_bytes` are unacknowledged. A link is
-    dialled within `dial_s`, and given up when not a byte moves for `stalled_s`. When one is lost in mid-transfer, who
-    leaves the transfer waits up to `leave_s` for proof that nothing more will be written. That should be longer than
-    owners take to revoke, `LendOptions.kill_after_s`. `has_checksums` None means: unless peers are on this host.
+    dialled within `dial_s`, and given up when not a byte moves for `stalled_s`. `has_checksums` None means: unless
+    peers are on this host.
 
     As an owner: how many peers, and of each how many connections and pipes, may be there at one time. A connection
     says whose it is within `hello_s`.
@@ -24,7 +23,6 @@ class Options:
     max_outstanding_bytes: int = 64 << 20
     dial_s: float = 5.0
     stalled_s: float = 10.0
-    leave_s: float = 60.0
     has_checksums: bool | None = None
     hello_s: float = 5.0
     max_peers: int = 256

@@ -88,11 +88,12 @@ class Receiver:
             link.end(f"{self._offer.owner} withdrew its region")
         await self._stack.aclose()
 
-    async def wait_gone(self, writer: str) -> None:
-        """Returns when no session is open that `writer` had open at the call."""
+    async def fence(self, writer: str, request: str) -> None:
+        """Closes the sessions that `writer` has open under this name."""
         if (link := self._links.get(writer)) is not None:
-            for gone in list(link.sessions.values()):
-                await gone.wait()
+            name = digest((request.encode(),))
+            for session in [session for session, known in link.sessions.items() if known == name]:
+                link.close(session)
 
     def revoke(self, writer: str) -> None:
         """Ends all sessions of `writer`. It may come back with new ones."""
@@ -162,24 +163,23 @@ class _Link:
         self.writer = writer
         self.has_checksums = has_checksums
         self.lanes: list[_Lane] = []
-        self.sessions: dict[int, asyncio.Event] = {}  # set when gone, by number
+        self.sessions: dict[int, int] = {}  # names, by number
         self._max_sessions = max_sessions
         self._on_end: Callable[[_Link], None] | None = on_end
 
-    def open(self, session: int) -> None:
+    def open(self, session: int, name: int) -> None:
         """Raises BadFrame."""
         if session in self.sessions:
             raise BadFrame(f"session {session} was opened twice")
         if len(self.sessions) >= self._max_sessions:
             raise BadFrame(f"{len(self.sessions)} sessions are open, the limit")
-        self.sessions[session] = asyncio.Event()
+        self.sessions[session] = name
 
     def close(self, session: int) -> None:
         """Nothing is written for it from now on. For one that is not open it does nothing."""
         for lane in self.lanes:
             lane.waste(session)
-        if (gone := self.sessions.pop(session, None)) is not None:
-            gone.set()
+        self.sessions.pop(session, None)
 
     def end(self, reason: str) -> None:
         """Closes all sessions and connections. Idempotent."""
@@ -189,8 +189,6 @@ class _Link:
         log.info("the link from %s has ended: %s", self.writer, reason)
         for lane in self.lanes:
             lane.stop(reason)
-        for gone in self.sessions.values():
-            gone.set()
         self.sessions.clear()
         on_end(self)
 
@@ -300,7 +298,7 @@ class _Lane:
             self._want_table()
             return
         if kind == OPEN:
-            self._link.open(self._session)
+            self._link.open(self._session, self._number)
             self._reply(OPENED)
         elif kind == CLOSE:
             self._link.close(self._session)

@@ -18,14 +18,14 @@ import socket
 import struct
 import termios
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from penstock import auth, clock
 from penstock.blocks import BlockId
-from penstock.errors import ConnectionLost, PenstockError, Refused, StaleEpoch
-from penstock.transport.api import Offer
+from penstock.errors import ConnectionLost, PenstockError
+from penstock.transport.api import Moved, Offer
 from penstock.transport.tcp_backlog import Backlog, Run
 from penstock.transport.tcp_frames import (
     CLOSE,
@@ -45,6 +45,7 @@ from penstock.transport.tcp_frames import (
     advance,
     data_head,
     dial,
+    digest,
     is_loopback,
     say_hello,
 )
@@ -57,25 +58,24 @@ MIN_CHUNK_BYTES = 64 << 10
 MAX_CHUNK_BYTES = 4 << 20
 FIRST_CHUNK_BYTES = 1 << 20  # of a connection that has not been measured
 ATTEMPTS = 2  # at getting a frame over undamaged
-REDIAL_S = 0.5
 
 _QUEUED = struct.Struct("i")
 _REPLIES_BYTES = 1 << 16
 _FILLER = memoryview(bytes(1 << 20))  # for the rest of a frame that nobody wants any more
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """What of a transfer is in place: `seconds` in which something was on its way, in `descriptors` pieces."""
+@dataclass(slots=True, eq=False)
+class _Part:
+    """A part of a pipe's blocks: with it and all before it, so many `pairs` are whole."""
 
-    size_bytes: int = 0
-    seconds: float = 0.0
-    descriptors: int = 0
+    pairs: int
+    is_placed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Frame:
     sending: Sending
+    part: _Part
     number: int
     runs: list[Run]
     size: int
@@ -141,14 +141,13 @@ class Peer:
 
 
 class Link:
-    """The connections to an owner. `error` is set once they are lost; `is_ended_there` if the owner said so itself."""
+    """The connections to an owner. `error` is set once they are lost."""
 
     def __init__(self, offer: Offer, options: Options, sockets: Sequence[socket.socket], has_checksums: bool) -> None:
         self.offer = offer
         self.options = options
         self.has_checksums = has_checksums
         self.error: PenstockError | None = None
-        self.is_ended_there = False
         self._numbers = 0  # given to sessions and frames so far
         self._replies = 0
         self._sessions: dict[int, Sending] = {}
@@ -165,8 +164,8 @@ class Link:
         self._sessions[self._numbers] = sending
         return self._numbers
 
-    def say(self, kind: int, session: int) -> None:
-        self._lanes[0].say(HEAD.pack(kind, session, 0, 0))
+    def say(self, kind: int, session: int, name: int = 0) -> None:
+        self._lanes[0].say(HEAD.pack(kind, session, name, 0))
 
     def send(self, sending: Sending) -> None:
         """It has something to send."""
@@ -243,7 +242,6 @@ class Link:
         frame.sending.on_placed(frame) if kind == PLACED else frame.sending.on_not_placed(frame, kind == DAMAGED)
 
     def on_goodbye(self, reason: str) -> None:
-        self.is_ended_there = True
         self.fail(ConnectionLost(f"{self.offer.owner} ended the link: {reason}"))
 
     def _progress(self) -> tuple[int, int]:
@@ -254,10 +252,13 @@ class Link:
 class Sending:
     """A pipe on the I/O thread.   new -> open (`write`, `flush`) -> left;  lost with its link at any time"""
 
-    def __init__(self, peer: Peer, source: memoryview) -> None:
+    def __init__(self, peer: Peer, source: memoryview, name: str, on_moved: Callable[[], None]) -> None:
         self.moved = Moved()
         self._peer = peer
         self._source = source
+        self._name = name
+        self._on_moved = on_moved
+        self._parts: deque[_Part] = deque()  # in order, from the first on that is not placed
         self._backlog = Backlog(peer.offer.layout.block_bytes)
         self._again: deque[_Frame] = deque()  # arrived damaged
         self._link: Link | None = None
@@ -265,7 +266,7 @@ class Sending:
         self._unplaced = 0  # frames
         self._began_s = 0.0  # when there was something to do, after there was nothing
         self._error: PenstockError | None = None
-        self._answered = asyncio.Event()  # OPENED, then CLOSED, or lost
+        self._answered = asyncio.Event()  # OPENED, or lost
         self._settled = asyncio.Event()  # everything is placed, or nothing more will be
         self._settled.set()
 
@@ -277,7 +278,7 @@ class Sending:
         """Raises Refused, StaleEpoch or ConnectionLost."""
         self._link = link = await self._peer.link()
         self._session = link.register(self)
-        link.say(OPEN, self._session)
+        link.say(OPEN, self._session, digest((self._name.encode(),)))
         await link.wait(self._answered)
         if self._error is not None:
             raise self._error
@@ -299,22 +300,16 @@ class Sending:
             raise self._error
 
     async def leave(self) -> None:
-        """Returns when nothing is written any more, for certain. Raises ConnectionLost if that cannot be found out."""
+        """Nothing is sent from this region any more."""
         link, self._link = self._link, None
         if link is None or not self._session:
             return
         self._backlog.clear()
         self._again.clear()
-        is_under_way = self._unplaced > 0
         link.withdraw(self)
         if link.error is None:
-            self._answered.clear()
             link.say(CLOSE, self._session)
-            if is_under_way:
-                await link.wait(self._answered)
             link.forget(self._session)
-        if is_under_way and link.error is not None and not link.is_ended_there:
-            await self._wait_proof()
 
     def next_frame(self, number: int, limit_bytes: int) -> _Frame:
         """Only while it `has_more`."""
@@ -322,9 +317,10 @@ class Sending:
         self._unplaced += 1
         if self._again:
             bad = self._again.popleft()
-            return _Frame(self, number, bad.runs, bad.size, bad.attempt + 1, now)
+            return _Frame(self, bad.part, number, bad.runs, bad.size, bad.attempt + 1, now)
         runs = self._backlog.take(limit_bytes, MAX_RANGES)
-        return _Frame(self, number, runs, sum(run.size for run in runs), 1, now)
+        self._parts.append(part := _Part(self._backlog.taken_pairs))
+        return _Frame(self, part, number, runs, sum(run.size for run in runs), 1, now)
 
     def pieces(self, frame: _Frame) -> list[memoryview]:
         """All of a frame as it is sent."""
@@ -339,12 +335,16 @@ class Sending:
 
     def on_placed(self, frame: _Frame) -> None:
         self._unplaced -= 1
+        frame.part.is_placed = True
         moved = self.moved
-        seconds = moved.seconds
+        blocks, seconds = moved.blocks, moved.seconds
+        while self._parts and self._parts[0].is_placed:
+            blocks = self._parts.popleft().pairs
         if not self._unplaced and not self.has_more:
             seconds += clock.now() - self._began_s
             self._settled.set()
-        self.moved = Moved(moved.size_bytes + frame.size, seconds, moved.descriptors + len(frame.runs))
+        self.moved = Moved(blocks, moved.size_bytes + frame.size, seconds, moved.descriptors + len(frame.runs))
+        self._on_moved()
 
     def on_not_placed(self, frame: _Frame, is_damaged: bool) -> None:
         """Sends it once more, unless the pipe was left."""
@@ -353,7 +353,8 @@ class Sending:
         if link is None:
             return
         if not is_damaged:
-            link.fail(ConnectionLost(f"{owner} threw away what an open pipe sent"))
+            link.withdraw(self)
+            self.on_lost(ConnectionLost(f"{owner} took its memory back"))
         elif frame.attempt == ATTEMPTS:
             link.fail(ConnectionLost(f"{frame.size} bytes for {owner} were damaged on their way {ATTEMPTS} times"))
         else:
@@ -367,25 +368,6 @@ class Sending:
         self._again.clear()
         self._answered.set()
         self._settled.set()
-
-    async def _wait_proof(self) -> None:
-        """The link is lost, and bytes of it may still wait to be received: its successor ends it at the owner, too."""
-        try:
-            async with asyncio.timeout(self._peer.options.leave_s):
-                while True:
-                    try:
-                        await self._peer.link()
-                        return
-                    except (Refused, StaleEpoch):
-                        return  # the owner ended that link before it refused this one, or is gone
-                    except ConnectionLost as error:
-                        log.info("cannot ask whether an earlier link is closed, trying again: %s", error)
-                        await asyncio.sleep(REDIAL_S)
-        except TimeoutError:
-            raise ConnectionLost(
-                f"{self._peer.offer.owner} could not be reached for {self._peer.options.leave_s:g} s to close a "
-                "transfer: until it revokes it, bytes may still be written"
-            ) from None
 
 
 class _Lane:

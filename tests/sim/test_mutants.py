@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from functools import partial
 
 import pytest
@@ -13,9 +14,10 @@ from penstock.engine.simulated import expected_tokens
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.request import Hop, Token
 from penstock.serve.decode import Decoder, Output, Sequence
+from penstock.serve.handoff import Fetched
 from penstock.serve.job import Job
 from penstock.serve.lend import Borrowing, Lender, Reclaimer
-from penstock.serve.paths import Conduit
+from penstock.serve.paths import Conduit, Shared
 from penstock.serve.prefill import Prefiller
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
@@ -23,6 +25,7 @@ from penstock.serve.streamed import Streamer, _WriteThrough
 from penstock.sim import transport as fabric
 from penstock.sim.transport import _Export, _Pipe
 from penstock.tokens import unpack
+from penstock.transport.api import Moved
 from tests.kv import test_lease as lease_rules
 from tests.sim import test_faults as stories
 from tests.sim import test_storms as storms
@@ -202,6 +205,35 @@ def no_token_from_who_computes_before_it_is_granted_blocks(patch: pytest.MonkeyP
     patch.setattr(Streamer, "_stream", stream_alone)
 
 
+def fetched_blocks_are_kept_unasked(patch: pytest.MonkeyPatch) -> None:
+    """A prefix that was read is taken for what was asked for, though it may have changed meanwhile."""
+
+    async def release(self: Job) -> None:
+        self.call.send(Fetched())
+
+    patch.setattr(Job, "release", release)
+
+
+def a_block_is_lost_where_the_way_changes(patch: pytest.MonkeyPatch) -> None:
+    """The next way goes on after the block that failed."""
+    moved = _Pipe.moved.fget  # type: ignore[attr-defined]
+
+    def moved_with_the_next(self: _Pipe) -> Moved:
+        found: Moved = moved(self)
+        return Moved(found.blocks + 1, *astuple(found)[1:])
+
+    patch.setattr(_Pipe, "moved", property(moved_with_the_next))
+
+
+def a_way_that_was_left_is_not_fenced_off(patch: pytest.MonkeyPatch) -> None:
+    """Neither when the way changes, nor when the lease is aborted."""
+
+    async def fence(self: Shared, writer: str, transfer: str) -> None:
+        return
+
+    patch.setattr(Shared, "fence", fence)
+
+
 def more_steps_than_are_left(patch: pytest.MonkeyPatch) -> None:
     """Steps that are alike go on past the last token."""
     count_alike = Stepper._count_alike
@@ -243,6 +275,9 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
     done_before_flush: streamed.test_the_first_token_does_not_wait_for_the_kv_and_the_second_does,
     owner_knows_no_writer: streamed.test_blocks_of_a_transfer_that_goes_on_are_not_used_again,
     offers_do_not_age: transports.test_an_offer_of_an_incarnation_before_is_stale,
+    fetched_blocks_are_kept_unasked: streamed.test_a_prefix_that_was_let_go_while_it_was_read_is_not_kept,
+    a_block_is_lost_where_the_way_changes: streamed.test_a_way_that_breaks_down_in_mid_transfer_is_replaced_by_the_next,
+    a_way_that_was_left_is_not_fenced_off: streamed.test_blocks_of_a_transfer_that_goes_on_are_not_used_again,
     more_steps_than_are_left: streamed.test_no_step_is_made_past_the_last_token,
 }
 

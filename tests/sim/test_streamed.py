@@ -512,3 +512,32 @@ def test_a_prefix_whose_way_breaks_is_computed() -> None:
             await world.settle()
 
     run_virtual(story())
+
+
+def test_a_prefix_that_was_let_go_while_it_was_read_is_not_kept() -> None:
+    async def story() -> None:
+        here, there = through("decode-0", "decode-0"), through("prefill-0", "decode-0")
+        policy = by_turns(*[there] * 12, here, there, *[here] * 4, there)
+        engine = EngineOptions(prefill_token_s=1e-3)
+        async with streamed(policy=policy, engine=engine, kv_blocks=140) as world:
+            for _ in range(12):
+                timeline_of(await world.ask(tokens=PROMPT))
+            first, rest = ([world.rng.randrange(100, 30_000) for _ in range(PROMPT)] for _ in range(2))
+            timeline_of(await world.ask(first))
+            throttle(world, 990 * TOKEN_BYTES / 9, "decode-0", "prefill-0")
+            asking = asyncio.create_task(world.ask([*first, *rest], max_tokens=1))
+            await asyncio.sleep(0.5)
+            world.freeze("prefill-0")  # the read goes on; the decode worker gives it up after 5 s
+            await asyncio.sleep(5.5)
+            for _ in range(4):  # and needs the blocks, before they are read
+                await world.ask(tokens=PROMPT)
+            await asyncio.sleep(4)
+            world.thaw("prefill-0")
+            await asking
+            restore(world, "decode-0", "prefill-0")
+            await asyncio.sleep(3)  # it is known again
+            answer = await world.ask([*first, *rest])
+            assert answer.is_right_so_far and timeline_of(answer).prefill_worker == "prefill-0"
+            await world.settle()
+
+    run_virtual(story())
