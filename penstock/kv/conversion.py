@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.blocks import DTYPE_BYTES
 from penstock.errors import KvError
 
 _Bytes = NDArray[np.uint8]
@@ -40,6 +41,10 @@ class Conversion:
                     f"KV stored as {self.source} cannot become {self.target}: {dtype} is none of {', '.join(_CODECS)}; "
                     "start both workers with the same KV dtype"
                 )
+
+    def target_bytes(self, source_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What these lengths, of whole elements, become."""
+        return source_bytes // DTYPE_BYTES[self.source] * DTYPE_BYTES[self.target]
 
     def apply(self, stored: _Bytes | memoryview) -> _Bytes:
         """`stored`, contiguous bytes of whole elements, in the target's format.

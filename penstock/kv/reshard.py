@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.blocks import DTYPE_BYTES, BlockId, KvGroup, KvLayout, Sharding
+from penstock.blocks import BlockId, KvGroup, KvLayout, Sharding
 from penstock.errors import KvError
 from penstock.kv.conversion import Conversion
 
@@ -54,9 +55,14 @@ class Ranges:
     @property
     def written(self) -> _Offsets:
         """Of each range, the bytes written."""
-        if self.conversion is None:
-            return self.length
-        return self.length // DTYPE_BYTES[self.conversion.source] * DTYPE_BYTES[self.conversion.target]
+        return self.length if self.conversion is None else self.conversion.target_bytes(self.length)
+
+
+class _Expanded(NamedTuple):
+    """Ranges of pieces that are alike, piece after piece, each of so many `parts`."""
+
+    ranges: Ranges
+    parts: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,12 +81,12 @@ class Plan:
         if source_rank not in range(self.source.tp):
             raise KvError(f"{self.source.model}: no rank {source_rank} among the source's {self.source.tp}")
         for target_rank in range(self.target.tp):
-            found: dict[Conversion | None, list[Ranges]] = {}
+            found: dict[Conversion | None, list[_Expanded]] = {}
             for move in self.moves:
                 found.setdefault(move.conversion, []).extend(move.between(source_rank, target_rank))
-            for conversion, ranges in found.items():
-                if ranges:
-                    yield target_rank, _joined(ranges, conversion)
+            for expanded in found.values():
+                if expanded:
+                    yield target_rank, _joined(expanded)
 
 
 def plan(source: Sharding, target: Sharding, tables: Sequence[Tables], tokens: range, prompt_tokens: int) -> Plan:
@@ -242,13 +248,14 @@ class _Move:
         ours, theirs = self.source.group.layout.dtype, self.target.group.layout.dtype
         return None if ours == theirs else Conversion(ours, theirs)
 
-    def between(self, source_rank: int, target_rank: int) -> list[Ranges]:
+    def between(self, source_rank: int, target_rank: int) -> list[_Expanded]:
         """The group's ranges from one rank to another, for each run of pieces that are alike."""
         heads = self.heads(source_rank, target_rank)
         if not heads:
             return []
         parts = self._parts(heads, source_rank, target_rank)
-        return [self._at(some, _merged(parts) if some.is_whole[0] else parts) for some in self.pieces.alike()]
+        whole = _merged(parts, np.arange(1, len(parts)))
+        return [self._at(some, whole if some.is_whole[0] else parts) for some in self.pieces.alike()]
 
     def _parts(self, heads: range, source_rank: int, target_rank: int) -> Ranges:
         """The heads of every layer and side in a block of each rank, from their first token to the source's last."""
@@ -258,13 +265,14 @@ class _Move:
         length = np.full(len(source), layout.block_tokens * layout.row_bytes, np.int64)
         return Ranges(source, target, length, self.conversion)
 
-    def _at(self, pieces: _Pieces, parts: Ranges) -> Ranges:
+    def _at(self, pieces: _Pieces, parts: Ranges) -> _Expanded:
         """Every part of every piece. Of pieces that are not whole, a part is as long as their tokens are."""
         source = np.add.outer(self.source.first_bytes(pieces.source_block, pieces.source_token), parts.source)
         target = np.add.outer(self.target.first_bytes(pieces.target_block, pieces.target_token), parts.target)
         row_bytes = self.source.group.layout.row_bytes
         length = parts.length if pieces.is_whole[0] else pieces.tokens[:, np.newaxis] * row_bytes
-        return Ranges(source.ravel(), target.ravel(), np.broadcast_to(length, source.shape).ravel(), parts.conversion)
+        length = np.broadcast_to(length, source.shape).ravel()
+        return _Expanded(Ranges(source.ravel(), target.ravel(), length, parts.conversion), len(parts))
 
     def heads(self, source_rank: int, target_rank: int) -> range:
         """The model's heads that `source_rank` sends to `target_rank`. Copies of them serve receivers by turns."""
@@ -277,24 +285,33 @@ class _Move:
         return range(max(held.start, wanted.start), min(held.stop, wanted.stop))
 
 
-def _joined(ranges: Sequence[Ranges], conversion: Conversion | None) -> Ranges:
+def _joined(expanded: Sequence[_Expanded]) -> Ranges:
+    """All ranges of one conversion as one value, neighbours made one where they touch on both sides.
+
+    Only where a piece begins can they: pieces lie in the order of the target, and within one, parts were joined or are
+    apart. A part that ends where one of another piece begins is the last of its block, and that one the first of its.
+    """
+    ends = accumulate((len(some.ranges) for some in expanded), initial=0)
+    begins = [np.arange(end, end + len(some.ranges), some.parts) for end, some in zip(ends, expanded, strict=False)]
+    return _merged(_concatenated([some.ranges for some in expanded]), np.concatenate(begins)[1:])
+
+
+def _concatenated(ranges: Sequence[Ranges]) -> Ranges:
+    if len(ranges) == 1:
+        return ranges[0]  # the usual case, and copies would cost more than the plan
     source, target, length = (
         np.concatenate([getattr(some, column) for some in ranges]) for column in ("source", "target", "length")
     )
-    return _merged(Ranges(source, target, length, conversion))
+    return Ranges(source, target, length, ranges[0].conversion)
 
 
-def _merged(ranges: Ranges) -> Ranges:
-    """`ranges` with neighbours made one where they touch on both sides.
-
-    No others touch: pieces lie in the order of the target, and a part ends where one of another piece begins only if
-    it is the last of its block and that one the first of the next.
-    """
-    written = ranges.written
-    is_next = ranges.source[1:] == ranges.source[:-1] + ranges.length[:-1]
-    is_next &= ranges.target[1:] == ranges.target[:-1] + written[:-1]
-    if not is_next.any():
+def _merged(ranges: Ranges, begins: _Offsets) -> Ranges:
+    """`ranges` with those at the indices `begins`, none of them 0, joined to the one before if they touch it."""
+    before = begins - 1
+    touches = ranges.source[begins] == ranges.source[before] + ranges.length[before]
+    touches &= ranges.target[begins] == ranges.target[before] + ranges.written[before]
+    if not touches.any():
         return ranges
-    first = np.flatnonzero(np.concatenate([[True], ~is_next]))
+    first = np.delete(np.arange(len(ranges)), begins[touches])
     length = np.add.reduceat(ranges.length, first)
     return Ranges(ranges.source[first], ranges.target[first], length, ranges.conversion)

@@ -200,6 +200,11 @@ def test_chunks_move_what_the_whole_does() -> None:
     assert np.array_equal(chunked.regions, whole.regions)
 
 
+def test_nothing_to_move_moves_no_rest_of_a_block() -> None:
+    one = Sharding("m", (full(8, 16), groups(8, 16)[1]), tp=2)
+    assert everything(plan(one, one, [([0, 1], [0, 1])] * 2, range(20, 20), 20)) == []
+
+
 def test_equal_layouts_move_whole_blocks_and_join_neighbours() -> None:
     one = Sharding("m", (full(8, 16),), tp=4)
     size = one.layout(one.groups[0]).block_bytes
