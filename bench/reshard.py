@@ -2,10 +2,10 @@
 
 80 layers, 8 KV heads of 128, bfloat16, block tables in random order. The last block of 64 is full, that of 48 is not.
 Times are CPU of this process, the least of several runs; the first in a process takes up to ten times as long, in which
-it touches the memory that later ones find. "all ranks" is the plan of every source rank, "one rank" what the busiest has
-to do by itself. "loop" is the same plan by a plain Python loop over pieces, layers, sides and heads, which joins nothing;
-"naive" counts a range for each (token, layer, side, head), as from an engine that keeps tokens apart. The plan and the
-loop are checked to move equally many bytes.
+it touches the memory that later ones find. "all ranks" is the plan of every source rank, "one rank" what the busiest
+has to do by itself. "loop" is the same plan by a plain Python loop over pieces, layers, sides and heads, which joins
+nothing; "naive" counts a range for each (token, layer, side, head), as from an engine that keeps tokens apart. The plan
+and the loop are checked to move equally many bytes.
 """
 
 from __future__ import annotations
