@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NewType
+from typing import Literal, NewType
 
 import msgspec
 
+from penstock.errors import KvError
 from penstock.tokens import TOKEN_BYTES
 
 BlockId = NewType("BlockId", int)
@@ -22,9 +23,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "u
 
 
 class KvLayout(msgspec.Struct, frozen=True):
-    """Shape of one block: `[layer, K/V, kv_head, token, dim]`, C order, K and V of one width.
+    """Shape of one rank's block: `[layer, side, kv_head, token, dim]`, C order. Sides are K and V, of one width.
 
-    Two workers may exchange blocks in place only if their layouts are equal.
+    What is not split into keys and values has one side: a latent (MLA) is one side of one head. Two workers may
+    exchange blocks in place only if their layouts are equal; `kv.reshard` finds the bytes where they are not.
     """
 
     layers: int
@@ -33,10 +35,16 @@ class KvLayout(msgspec.Struct, frozen=True):
     block_tokens: int
     dtype: str
     packing: str = "plain"  # how elements lie inside the shape; engines that shuffle them name it here
+    sides: int = 2
+
+    @property
+    def row_bytes(self) -> int:
+        """One token of one head, on one side of one layer."""
+        return self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def token_bytes(self) -> int:
-        return self.layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.layers * self.sides * self.kv_heads * self.row_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -45,6 +53,65 @@ class KvLayout(msgspec.Struct, frozen=True):
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
+
+
+class KvGroup(msgspec.Struct, frozen=True):
+    """Layers whose KV lies in blocks of one shape, found through a block table of their own.
+
+    `layout` has all heads of the model, whatever part of them a rank holds. `keeps` says what of a prompt matters to
+    the tokens after it: "all" positions; the last so many (a sliding window); or one "state" for the whole sequence,
+    which is a block of one token. Where several groups share a rank's region, block 0 of this one begins at
+    `start_bytes`.
+    """
+
+    layout: KvLayout
+    keeps: int | Literal["all", "state"] = "all"
+    start_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keeps == "state" and self.layout.block_tokens != 1:
+            raise KvError(f"a state is a block of one token, not of {self.layout.block_tokens}: set block_tokens=1")
+
+    def kept(self, tokens: range, prompt_tokens: int) -> range:
+        """The positions of its table to which KV of `tokens`, a part of the prompt, belongs."""
+        if self.keeps == "all":
+            return tokens
+        if self.keeps == "state":
+            return range(int(tokens.stop == prompt_tokens))
+        return range(max(tokens.start, min(tokens.stop, prompt_tokens - self.keeps)), tokens.stop)
+
+
+class Sharding(msgspec.Struct, frozen=True):
+    """How the KV of `model` lies over `tp` ranks, which share their block tables; each has a region of its own.
+
+    Heads are dealt out in order and evenly. Ranks beyond the number of heads hold copies: of 8 ranks and 2 heads, ranks
+    0 to 3 hold head 0. So a latent, which is one head, is on every rank. Raises KvError where that cannot be.
+    """
+
+    model: str
+    groups: tuple[KvGroup, ...]
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for heads in (group.layout.kv_heads for group in self.groups):
+            if self.tp < 1 or max(heads, self.tp) % min(heads, self.tp):
+                raise KvError(
+                    f"{self.model}: {heads} KV heads do not divide over {self.tp} ranks; "
+                    "choose a tensor parallelism that is a divisor or a multiple of the number of heads"
+                )
+
+    def heads(self, group: KvGroup, rank: int) -> range:
+        """The model's heads that `rank` holds of `group`."""
+        first = rank * group.layout.kv_heads // self.tp
+        return range(first, first + max(1, group.layout.kv_heads // self.tp))
+
+    def copies(self, group: KvGroup) -> int:
+        """Neighbouring ranks that hold the same heads of `group`."""
+        return max(1, self.tp // group.layout.kv_heads)
+
+    def layout(self, group: KvGroup) -> KvLayout:
+        """What `group`'s blocks look like on each rank."""
+        return msgspec.structs.replace(group.layout, kv_heads=len(self.heads(group, 0)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
