@@ -34,6 +34,8 @@ from penstock.tokens import pack
 from penstock.topology.build import PRESETS, build
 from penstock.transport.memory import MemoryHub, MemoryTransport, heap_region
 
+HOSTS, GPUS = 2, 8  # of each
+
 _PRIORS = {"rdma": over(1e-5, 1e-7, 40e9), "tcp": over(1e-4, 1e-6, 4e9)}
 
 
@@ -41,8 +43,8 @@ _PRIORS = {"rdma": over(1e-5, 1e-7, 40e9), "tcp": over(1e-4, 1e-6, 4e9)}
 class Shape:
     """What the cluster consists of. Worker options apply to all; names, epochs and addresses are given by the world.
 
-    With `is_streamed` each worker has a GPU of an HGX node, and KV crosses NVLink; else all share one memory. It then
-    goes the ways named, the first of them as RDMA does, without the owner; over "tcp" owners take what arrives.
+    With `is_streamed` each worker has a GPU, eight to an HGX node, and KV crosses links; else all share one memory. It
+    then goes the ways named, the first of them as RDMA does, without the owner; over "tcp" owners take what arrives.
     """
 
     prefill: int = 1
@@ -91,7 +93,7 @@ class World(Processes):
         self.shape = shape
         self.rng = Random(seed)
         self.links = Network()
-        self.wiring = Wiring(build([PRESETS["hgx-h100"]]), self.links)
+        self.wiring = Wiring(build([replace(PRESETS["hgx-h100"], count=HOSTS)]), self.links)
         self.memory = MemoryHub()
         self.ways = {
             name: FabricHub(self.links, self.wiring, name, is_fenced=name == "tcp", prior=_PRIORS[name])
@@ -164,7 +166,7 @@ class World(Processes):
         if not shape.is_streamed:
             return Parts(options, engine, heap_region, [MemoryTransport(self.memory)])
         number = names.index(who.name) if who.name in names else len(names)
-        device = f"node0/gpu{number}"
+        device = f"node{number // GPUS}/gpu{number % GPUS}"
         self.wiring.place(who.name, (device,))
         transports = [FabricTransport(hub) for hub in self.ways.values()]
         return Parts(replace(options, domain="fabric", device=device), engine, heap_region, transports)
