@@ -33,6 +33,7 @@ from penstock.engine.simulated import Options as EngineOptions
 from penstock.errors import SetupError
 from penstock.policy.batching import Limits
 from penstock.policy.routing.api import Ask, Choice, Fleet
+from penstock.serve.lend import LendOptions
 from penstock.serve.prefill import PrefillOptions
 from penstock.serve.worker import WorkerOptions
 from penstock.sim.loop import run_virtual
@@ -83,7 +84,12 @@ def simulated() -> Iterator[Row]:
 
 async def exposed(writers: int, link_gb_per_s: float, chunk: int) -> float:
     """Mean over as many prompts as writers, all at once."""
-    worker = WorkerOptions("", 0, limits=Limits(step_tokens=chunk), prefill=PrefillOptions(chunk_tokens=chunk))
+    worker = WorkerOptions(
+        *("", 0),
+        limits=Limits(step_tokens=chunk),
+        prefill=PrefillOptions(chunk_tokens=chunk),
+        lend=LendOptions(incoming_bytes=LendOptions().incoming_bytes * SIMULATED_KV_BYTES // KV_BYTES),
+    )
     shape = Shape(
         prefill=writers,
         engine=EngineOptions(prefill_token_s=1 / PREFILL_TOKENS_PER_S, step_s=STEP_S, max_context_tokens=PROMPT + 16),

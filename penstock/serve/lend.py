@@ -53,8 +53,8 @@ class LendOptions:
     """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
-    All writers together are granted about `incoming_bytes` more than has arrived of what they copy here: enough to keep
-    a fast link busy, and so little that those who came first are soon done.
+    While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted to be copied:
+    enough to keep a fast link busy, and so little that those who came first are soon done.
     """
 
     lease_s: float = 5.0
@@ -82,7 +82,7 @@ class Lender:
         self._leases = leases
         self._stepper = stepper
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
-        self._layout = shared.region.layout
+        self.layout = shared.region.layout
         self._lent: dict[int, Borrowing] = {}
         stepper.on_starved = self._call_off
 
@@ -92,8 +92,8 @@ class Lender:
         False if there is no room for it.
         """
         borrowing.pinned = borrowing.resident.match()
-        start = len(borrowing.pinned) * self._layout.block_tokens
-        needed = self._layout.blocks_for(borrowing.tokens) - len(borrowing.pinned)
+        start = len(borrowing.pinned) * self.layout.block_tokens
+        needed = self.layout.blocks_for(borrowing.tokens) - len(borrowing.pinned)
         if needed > self._stepper.spare_blocks or len(self._lent) >= self._stepper.free_slots:
             return False
         borrowing.lease = self._leases.open(clock.now(), borrowing.hop.incarnation, needed)
@@ -106,7 +106,7 @@ class Lender:
 
         Raises LeaseLost, or OutOfBlocks if decodes took what was promised.
         """
-        borrowing.wanted_blocks = self._layout.blocks_for(tokens) - len(borrowing.pinned)
+        borrowing.wanted_blocks = self.layout.blocks_for(tokens) - len(borrowing.pinned)
         if borrowing.transfer:
             self.share_out()
         else:
@@ -117,7 +117,7 @@ class Lender:
         line = [borrowing for borrowing in self._lent.values() if borrowing.transfer]
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
         for borrowing in line:
-            room = max(self.options.incoming_bytes // self._layout.block_bytes - incoming, 0 if incoming else 1)
+            room = max(self.options.incoming_bytes // self.layout.block_bytes - incoming, 0 if incoming else 1)
             more = min(borrowing.wanted_blocks - borrowing.granted_blocks, room)
             if borrowing.lease is None or more <= 0:
                 if room <= 0:
@@ -132,7 +132,7 @@ class Lender:
     def _grant(self, borrowing: Borrowing, lease: Lease, blocks: int) -> None:
         """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
         lent = self._leases.grow(clock.now(), lease.id, blocks)
-        start = len(borrowing.pinned) * self._layout.block_tokens
+        start = len(borrowing.pinned) * self.layout.block_tokens
         borrowing.call.send(Granted(lease.id, start, [*borrowing.pinned, *lent]))
 
     def release(self, blocks: Sequence[BlockId]) -> None:
@@ -247,7 +247,8 @@ class Borrowing:
         self.pinned: list[BlockId] = []
         self.transfer = ""  # that may write; none: the writer computes in place
         self.wanted_blocks = 0  # under the lease
-        self.moved_blocks = 0  # of those granted
+        self.computed_blocks = 0  # of those wanted
+        self.moved_blocks = 0
         self.held: list[BlockId] = []  # to be read
         self._lender = lender
         self._on_first = on_first
@@ -261,8 +262,8 @@ class Borrowing:
 
     @property
     def incoming_blocks(self) -> int:
-        """Granted, and not in place."""
-        return self.granted_blocks - self.moved_blocks
+        """On their way: granted, computed, and not in place."""
+        return max(0, min(self.granted_blocks, self.computed_blocks) - self.moved_blocks)
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
@@ -311,7 +312,7 @@ class Borrowing:
             case More() if self.lease is not None:
                 self._lender.grow(self, self.lease, message.tokens)
             case Wrote() if self.lease is not None:
-                self._note_moved(message.moved)
+                self._note_moved(message)
             case First():
                 self._on_first(message.token)
             case Fetch() if not self.held:
@@ -332,9 +333,10 @@ class Borrowing:
             self.transfer = message.transfer
         self.call.send(Switched())
 
-    def _note_moved(self, blocks: int) -> None:
-        if blocks > self.moved_blocks:
-            self.moved_blocks = min(blocks, self.granted_blocks)
+    def _note_moved(self, message: Wrote) -> None:
+        self.computed_blocks = self._lender.layout.blocks_for(message.tokens) - len(self.pinned)
+        if message.moved > self.moved_blocks:
+            self.moved_blocks = message.moved
             self._lender.share_out()
 
     def _release_held(self) -> None:
