@@ -25,6 +25,20 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # None: none; n: the chosen token's and the n likeliest
 
 
+class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far a sequence has come: with the request, all that its next token depends on.
+
+    Who continues a sequence elsewhere starts from this. What else sampling may come to depend on, such as penalties or
+    the state of a grammar, is either a function of these tokens or belongs here.
+    """
+
+    tokens: bytes = b""  # of the output, see `tokens.pack`; the client has them
+
+    @property
+    def count(self) -> int:
+        return count(self.tokens)
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence to generate, as it travels from the frontend to a decode worker."""
 
@@ -34,10 +48,20 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling
     timeout_s: float = 600.0  # from arrival at the frontend; an interval, since clocks of hosts differ
     salt: str = ""  # keeps the cached blocks of tenants apart
+    progress: Progress = Progress()
 
     @property
     def prompt_tokens(self) -> int:
         return count(self.prompt)
+
+    @property
+    def sequence(self) -> bytes:
+        """The prompt and the output so far, packed."""
+        return self.prompt + self.progress.tokens
+
+    @property
+    def sequence_tokens(self) -> int:
+        return self.prompt_tokens + self.progress.count
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -96,6 +120,7 @@ class Timeline(msgspec.Struct, omit_defaults=True):
     output_tokens: int = 0
     prefill_attempts: int = 0
     preemptions: int = 0
+    moves: int = 0  # to another decode worker, in mid-stream
     reached_worker_s: float | None = None
     prefill_started_s: float | None = None  # end of queueing
     prefill_ended_s: float | None = None  # end of the last chunk

@@ -88,7 +88,8 @@ class Sequence:
         self.run = resident.run
         self.timeline = timeline
         self.arrived_s = clock.now()
-        self.outputs = 0
+        self.outputs = request.progress.count
+        self.is_first_due = True  # the next token is the first from here
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def elapsed_s(self) -> float:
@@ -162,11 +163,11 @@ class Decoder:
         if not request.prompt:
             raise BadRequest("the prompt has no tokens", "prompt")
         limit = self._member.max_context_tokens
-        if request.prompt_tokens >= limit:
-            raise PromptTooLong(f"the prompt has {request.prompt_tokens} tokens; prompt and output share {limit}")
+        if request.sequence_tokens >= limit:
+            raise PromptTooLong(f"the prompt has {request.sequence_tokens} tokens; prompt and output share {limit}")
 
     def _new_sequence(self, ask: GenerateAsk, call: Call) -> Sequence:
-        request, tokens = ask.request, unpack(ask.request.prompt)
+        request, tokens = ask.request, unpack(ask.request.sequence)
         sampling = request.sampling
         run = Run(
             region=self._shared.region,
@@ -175,10 +176,12 @@ class Decoder:
             on_step=lambda sampled: self._on_step(sequence, sampled),
             on_error=lambda error: _fail(sequence, error),
             on_admit=lambda: self._on_admit(sequence),
-            most_tokens=min(len(tokens) + sampling.max_tokens, self._member.max_context_tokens),
+            most_tokens=min(request.prompt_tokens + sampling.max_tokens, self._member.max_context_tokens),
             may_stop=bool(sampling.stop_token_ids) or (bool(self._eos) and not sampling.ignore_eos),
         )
-        timeline = Timeline(decode_worker=self._member.worker, why=ask.plan.why, prompt_tokens=len(tokens), failures=[])
+        timeline = Timeline(
+            decode_worker=self._member.worker, why=ask.plan.why, prompt_tokens=request.prompt_tokens, failures=[]
+        )
         self.counters.prompt_tokens += len(tokens)
         resident = Resident(run, self._cache, self._layout, request.salt)
         sequence = Sequence(request, call, resident, timeline)
@@ -279,14 +282,14 @@ class Decoder:
             timeline.prefill_started_s = sequence.elapsed_s()
             timeline.cached_tokens = run.computed
             self.counters.cached_tokens += run.computed
-        timeline.computed_tokens += max(0, sequence.request.prompt_tokens - run.computed)
+        timeline.computed_tokens += max(0, sequence.request.sequence_tokens - run.computed)
 
     def _on_step(self, sequence: Sequence, sampled: Many[Token]) -> None:
         if sequence.finished.done():  # cancelled in this very turn of the loop; it is about to be let go
             return
         if sampled:
             timeline, now = sequence.timeline, sequence.elapsed_s()
-            if sequence.outputs == 0:
+            if sequence.is_first_due:
                 timeline.prefill_ended_s = now
             elif timeline.decoding_s is None:
                 timeline.decoding_s = now - self._stepper.span_s
@@ -296,7 +299,7 @@ class Decoder:
     def _emit(self, sequence: Sequence, sampled: Many[Token], over_s: float) -> None:
         """Sends tokens of as many steps, and the end if they are the last."""
         sequence.run.tokens.extend([token.id for token in sampled])
-        is_first = sequence.outputs == 0
+        is_first, sequence.is_first_due = sequence.is_first_due, False
         sequence.outputs += len(sampled)
         self.counters.output_tokens += len(sampled)
         if is_first:

@@ -53,7 +53,7 @@ class LendOptions:
     """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
-    While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted to be copied:
+    While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted for copies:
     enough to keep a fast link busy, and so little that those who came first are soon done.
     """
 

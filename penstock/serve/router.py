@@ -1,7 +1,4 @@
-"""The router: knows the fleet, has its policy choose a pair for each request, and follows it on its decode worker.
-
-Until the first token it may try another worker without anybody noticing; after that a lost worker is an error.
-"""
+"""The router: knows the fleet, and has its policy choose a pair for each request. What follows is `stream`'s."""
 
 from __future__ import annotations
 
@@ -12,39 +9,31 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
 
-import msgspec
-
 from penstock import clock
 from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
-from penstock.errors import (
-    ConnectionLost,
-    NoWorker,
-    Overloaded,
-    PenstockError,
-    UnknownModel,
-    WorkerDraining,
-    WorkerLost,
-)
+from penstock.errors import UnknownModel
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Route, Wiring
 from penstock.policy.routing.roster import Roster
-from penstock.request import Finish, Plan, Request, Timeline, Token
-from penstock.serve.decode import GenerateAsk, Output, decode_output
-from penstock.serve.rpc import Call, Endpoint
+from penstock.request import Plan, Request
+from penstock.serve.rpc import Endpoint
+from penstock.serve.stream import Stream
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`attempts` workers are tried before the first token; a worker that lost a request is avoided for `avoid_s`."""
+    """`attempts` workers are tried for the next token; a worker that lost a request is avoided for `avoid_s`.
+
+    In mid-stream a request waits up to `wait_s` for a worker that takes it, and is moved `moves` times at most.
+    """
 
     attempts: int = 3
     avoid_s: float = 2.0
-
-
-_TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s", "ended_s")
+    wait_s: float = 15.0
+    moves: int = 32
 
 
 class Router:
@@ -73,6 +62,7 @@ class Router:
         self._avoid_until_s: dict[tuple[str, int], float] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._streams: dict[Stream, None] = {}
 
     async def __aenter__(self) -> Router:
         """Raises SetupError if the discovery cannot be watched."""
@@ -105,22 +95,28 @@ class Router:
     async def wait_ready(self, workers: int) -> None:
         """Returns when `workers` workers are there."""
         while len(self._fleet) < workers:
-            self._changed.clear()
-            await self._changed.wait()
+            await self.wait_change()
 
     @asynccontextmanager
     async def generate(self, request: Request) -> AsyncIterator[Stream]:
         """The request's tokens; leaving the block cancels what still runs. Raises NoWorker, UnknownModel."""
         stream = Stream(self, request)
+        self._streams[stream] = None
         try:
             await stream.start()
             yield stream
         finally:
+            del self._streams[stream]
             await stream.close()
 
     # For Stream
 
-    def route(self, request: Request, avoid: Mapping[str, None]) -> tuple[Standing, Plan]:
+    async def wait_change(self) -> None:
+        """Returns when somebody came, left, or reported."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
         fleet = roster.fleet(avoid, self._avoided())
@@ -180,102 +176,12 @@ class Router:
             for name, standing in before.items():
                 if name not in fleet or fleet[name].member.epoch != standing.member.epoch:
                     log.warning("%s (epoch %d) has left, or stopped reporting", name, standing.member.epoch)
+            self._move_from_draining()
 
-
-class Stream:
-    """One request on its way; see `Router.generate`."""
-
-    _standing: Standing  # set by _choose, as is _plan
-    _plan: Plan
-
-    def __init__(self, router: Router, request: Request) -> None:
-        self._router = router
-        self._request = request
-        self._arrived_s = clock.now()
-        self._sent_s = 0.0
-        self._call: Call | None = None
-        self._tried: dict[str, None] = {}
-        self._failures: list[str] = []
-        self._has_token = False
-        self.timeline: Timeline | None = None
-        self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
-
-    async def start(self) -> None:
-        """Opens the call on the chosen worker, or the next one that can be reached."""
-        self._choose()
-        await self._open()
-
-    async def read(self) -> tuple[list[Token], Finish | None]:
-        """Waits for tokens, and the end with the last of them. Raises PenstockError if the request failed."""
-        while True:
-            try:
-                return self._take(await self._receive())
-            except (ConnectionLost, WorkerLost, WorkerDraining, Overloaded) as error:
-                if self._has_token:
-                    raise WorkerLost(f"{self._worker} was lost in mid-stream: {error}") from error
-                await self.close()
-                self._choose_another(error)
-                await self._open()
-
-    async def close(self) -> None:
-        """Cancels what still runs. Idempotent."""
-        self._router.release(self._request)
-        if self._call is not None:
-            call, self._call = self._call, None
-            await call.__aexit__(None, None, None)
-
-    @property
-    def _worker(self) -> str:
-        return self._standing.member.worker
-
-    def _choose(self) -> None:
-        self._standing, self._plan = self._router.route(self._request, self._tried)
-
-    def _choose_another(self, error: PenstockError) -> None:
-        """Raises `error` if nobody is left to try."""
-        self._router.avoid(self._standing)
-        self._tried[self._worker] = None
-        self._failures.append(f"{self._worker}: {error}")
-        if len(self._failures) >= self._router.options.attempts:
-            raise error
-        try:
-            self._choose()
-        except (NoWorker, UnknownModel):
-            raise error from None
-        log.info("trying %s at %s: %s", self._request.id, self._worker, error)
-
-    async def _open(self) -> None:
-        while self._call is None:
-            try:
-                peer = await self._router.endpoint.peer(self._standing.member.addresses)
-                self._call = peer.call("generate", GenerateAsk(self._request, self._plan))
-                self._sent_s = clock.now()
-            except ConnectionLost as error:
-                self._choose_another(error)
-
-    async def _receive(self) -> list[Output]:
-        if self._call is None:
-            raise WorkerLost(f"{self._request.id} is on no worker")
-        outputs = await self._call.receive_all(decode_output)
-        if not outputs:
-            raise WorkerLost(f"{self._worker} ended the request without saying why")
-        return outputs
-
-    def _take(self, outputs: list[Output]) -> tuple[list[Token], Finish | None]:
-        if not self._has_token:
-            self._has_token = True
-            self._router.prefilled(self._request)
-        self.over_s = sum(output.over_s for output in outputs)
-        if (so_far := outputs[0].so_far) is not None:
-            self.timeline = self._shift(so_far)
-        if (finish := outputs[-1].finish) is not None:
-            self.timeline = self._shift(finish.timeline)
-            finish = msgspec.structs.replace(finish, timeline=self.timeline)
-        return [token for output in outputs for token in output.tokens], finish
-
-    def _shift(self, timeline: Timeline) -> Timeline:
-        """The worker's timeline on the frontend's clock: seconds since the request's arrival here."""
-        by_s = self._sent_s - self._arrived_s
-        times = {name: value + by_s for name in _TIMES if (value := getattr(timeline, name)) is not None}
-        failures = [*self._failures, *timeline.failures]
-        return msgspec.structs.replace(timeline, **times, reached_worker_s=by_s, failures=failures)
+    def _move_from_draining(self) -> None:
+        """Streams of workers that are about to leave go on elsewhere, where there is somebody who takes them."""
+        models = {each.member.model: None for each in self._fleet.values() if not each.draining}
+        for stream in self._streams:
+            standing = self._fleet.get(stream.worker)
+            if standing is not None and standing.draining and standing.member.model in models:
+                stream.move()

@@ -11,7 +11,7 @@ import pytest
 from penstock import clock
 from penstock.engine.api import Step
 from penstock.engine.simulated import Options as EngineOptions
-from penstock.errors import PenstockError
+from penstock.errors import WorkerLost
 from penstock.policy.batching import Limits
 from penstock.request import Token
 from penstock.serve.lend import LendOptions
@@ -180,16 +180,18 @@ def test_a_decode_worker_lost_before_the_first_token_is_replaced(is_streamed: bo
 
 
 @pytest.mark.parametrize("misfortune", ["crash", "freeze"])
-def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_never_silence(misfortune: str, is_streamed: bool) -> None:
+def test_a_stream_whose_last_worker_is_lost_ends_in_an_error_and_never_in_silence(
+    misfortune: str, is_streamed: bool
+) -> None:
     async def story() -> None:
-        async with World(seed=1, shape=Shape(is_streamed=is_streamed)) as world:
+        async with World(seed=1, shape=Shape(is_streamed=is_streamed, prefill=0)) as world:
             asking = asyncio.create_task(world.ask(tokens=200, max_tokens=10_000))
             await asyncio.sleep(1)
             getattr(world, misfortune)("decode-0")
             answer = await asking
-            assert isinstance(answer.error, PenstockError) and "decode-0" in str(answer.error)
+            assert isinstance(answer.error, WorkerLost) and "decode-0" in str(answer.error)
             assert len(answer.tokens) > 50 and answer.is_right_so_far
-            assert answer.ended_s < 20
+            assert answer.ended_s < 35
 
     run_virtual(story())
 

@@ -7,20 +7,23 @@ from dataclasses import astuple
 from functools import partial
 
 import pytest
+from msgspec.structs import replace
 
 from penstock import clock
 from penstock.blocks import BlockId, Region
 from penstock.engine.simulated import expected_tokens
 from penstock.kv.lease import Lease, LeaseTable
-from penstock.request import Hop, Token
+from penstock.request import Hop, Progress, Request, Token
 from penstock.serve.decode import Decoder, Output, Sequence
 from penstock.serve.handoff import Fetched
 from penstock.serve.job import Job
 from penstock.serve.lend import Borrowing, Lender, Reclaimer
 from penstock.serve.paths import Conduit, Shared
 from penstock.serve.prefill import Prefiller
+from penstock.serve.router import Router
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
+from penstock.serve.stream import Stream
 from penstock.serve.streamed import Streamer, _WriteThrough
 from penstock.sim import transport as fabric
 from penstock.sim.transport import _Export, _Pipe
@@ -28,6 +31,7 @@ from penstock.tokens import unpack
 from penstock.transport.api import Moved
 from tests.kv import test_lease as lease_rules
 from tests.sim import test_faults as stories
+from tests.sim import test_recovery as recovery
 from tests.sim import test_storms as storms
 from tests.sim import test_streamed as streamed
 from tests.sim import test_transport as transports
@@ -234,6 +238,33 @@ def a_way_that_was_left_is_not_fenced_off(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Shared, "fence", fence)
 
 
+def the_last_token_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Who goes on with a stream is not told the last token that the client has, and makes it again."""
+    so_far = Stream._so_far
+
+    def without_the_last(self: Stream) -> Request:
+        request = so_far(self)
+        return replace(request, progress=Progress(request.progress.tokens[:-4]))
+
+    patch.setattr(Stream, "_so_far", without_the_last)
+
+
+def outputs_are_counted_anew(patch: pytest.MonkeyPatch) -> None:
+    """Who goes on with a stream makes as many tokens as were asked for, whatever the client has."""
+    generate = Sequence.__init__
+
+    def init(self: Sequence, *args: object) -> None:
+        generate(self, *args)  # type: ignore[arg-type]
+        self.outputs = 0
+
+    patch.setattr(Sequence, "__init__", init)
+
+
+def streams_of_draining_workers_stay(patch: pytest.MonkeyPatch) -> None:
+    """They are cut off when their worker's patience ends."""
+    patch.setattr(Router, "_move_from_draining", lambda self: None)
+
+
 def more_steps_than_are_left(patch: pytest.MonkeyPatch) -> None:
     """Steps that are alike go on past the last token."""
     count_alike = Stepper._count_alike
@@ -278,6 +309,15 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
     fetched_blocks_are_kept_unasked: streamed.test_a_prefix_that_was_let_go_while_it_was_read_is_not_kept,
     a_block_is_lost_where_the_way_changes: streamed.test_a_way_that_breaks_down_in_mid_transfer_is_replaced_by_the_next,
     a_way_that_was_left_is_not_fenced_off: streamed.test_blocks_of_a_transfer_that_goes_on_are_not_used_again,
+    the_last_token_is_forgotten: partial(
+        recovery.test_a_stream_goes_on_elsewhere_with_the_tokens_it_would_have_had, seed=0, is_streamed=False
+    ),
+    outputs_are_counted_anew: partial(
+        recovery.test_a_stream_goes_on_elsewhere_with_the_tokens_it_would_have_had, seed=0, is_streamed=False
+    ),
+    streams_of_draining_workers_stay: partial(
+        recovery.test_a_worker_that_drains_hands_its_streams_over_at_once, is_streamed=False
+    ),
     more_steps_than_are_left: streamed.test_no_step_is_made_past_the_last_token,
 }
 

@@ -80,12 +80,13 @@ class Roster:
     def ask(self, request: Request) -> tuple[Ask, Sequence[int]]:
         """What a policy is asked, and the hashes of the prompt's blocks. Called once for each decision."""
         number, self._asked = self._asked, self._asked + 1
-        hashes = prefix_hashes(request.prompt, self._grain_tokens, request.salt)
+        hashes = prefix_hashes(request.sequence, self._grain_tokens, request.salt)
         # The last token is always computed, since the first output token follows from it.
-        reusable = hashes[: (request.prompt_tokens - 1) // self._grain_tokens]
+        reusable = hashes[: (request.sequence_tokens - 1) // self._grain_tokens]
         cached = (self._index.longest(reusable) * self._grain_tokens).astype(np.float64)
         token_bytes = self._members[0].layout.token_bytes
-        return Ask(number, request.prompt_tokens, request.sampling.max_tokens, token_bytes, cached), hashes
+        left_tokens = request.sampling.max_tokens - request.progress.count
+        return Ask(number, request.sequence_tokens, left_tokens, token_bytes, cached), hashes
 
     def cached_tokens(self, ask: Ask, worker: str) -> int:
         """How much of the prompt `worker` is believed to hold."""
