@@ -148,22 +148,27 @@ class TcpPipe:
         return self._sending.moved
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
-        """See `transport.api.Pipe`. Raises KvError for blocks that do not exist."""
-        pairs = tuple(blocks)
-        for here, there in pairs:
-            if not (0 <= here < self._blocks and 0 <= there < self._offer.blocks):
-                raise KvError(
-                    f"block {here} of {self._blocks} cannot be written to block {there} of the {self._offer.blocks} "
-                    f"of {self._offer.owner}"
-                )
-        self._io.call(self._sending.write, pairs)
+        """See `transport.api.Pipe`."""
+        self._io.call(self._sending.write, self._checked(blocks))
 
     def read(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
-        raise Refused("not yet")
+        """See `transport.api.Pipe`."""
+        self._io.call(self._sending.read, self._checked(blocks))
 
     async def flush(self) -> None:
         """See `transport.api.Pipe`."""
         await self._io.run(self._sending.flush())
+
+    def _checked(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> tuple[tuple[BlockId, BlockId], ...]:
+        """Raises KvError for blocks that do not exist."""
+        pairs = tuple(blocks)
+        for here, there in pairs:
+            if not (0 <= here < self._blocks and 0 <= there < self._offer.blocks):
+                raise KvError(
+                    f"block {here} of {self._blocks} cannot be moved to or from block {there} of the {self._offer.blocks} "
+                    f"of {self._offer.owner}"
+                )
+        return pairs
 
 
 def _on_loop(on_moved: Callable[[], None]) -> Callable[[], None]:

@@ -8,6 +8,8 @@
         <-- OPENED session ------------------------------
         --- DATA session number, ranges, bytes --------->   on any of the link's connections, straight into the region
         <-- PLACED, DAMAGED or DROPPED number -----------
+        --- FETCH session number, ranges --------------->   likewise
+        <-- FETCHED number, bytes; or DROPPED number ----   straight into the writer's region
         --- CLOSE session ------------------------------>   what still comes of it is thrown away
         <-- CLOSED session ------------------------------
 
@@ -15,6 +17,7 @@
 
 All numbers are little-endian; a pipe's name is the xxh3 of the one it was given. A frame of DATA is its head, its
 ranges in the owner's region, where the link has checksums the payload's and that of everything so far, and the payload.
+One of FETCH has no payload, and no checksum of it; that of the payload comes before it in the answer.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ from penstock.transport.api import Offer
 
 PURPOSE = b"kv-tcp"
 
-OPEN, DATA, CLOSE = range(1, 4)  # kinds of heads
-OPENED, PLACED, DAMAGED, DROPPED, CLOSED, GOODBYE = range(1, 7)  # kinds of replies
+OPEN, DATA, FETCH, CLOSE = range(1, 5)  # kinds of heads
+OPENED, PLACED, DAMAGED, DROPPED, FETCHED, CLOSED, GOODBYE = range(1, 8)  # kinds of replies
 
 HEAD = struct.Struct("<B3xIQI")  # kind, session, number, ranges
 REPLY = struct.Struct("<B3xIQ")  # kind, session, number; GOODBYE's number is the length of the reason that follows
@@ -173,14 +176,20 @@ async def _read(sock: socket.socket, length: int) -> bytes:
 # Frames of data
 
 
-def data_head(
-    session: int, number: int, ranges: Sequence[tuple[int, int]], payload: Iterable[memoryview] | None
+def frame_head(
+    session: int,
+    number: int,
+    ranges: Sequence[tuple[int, int]],
+    payload: Iterable[memoryview] | None,
+    has_checksums: bool,
 ) -> bytes:
-    """All of a frame before its payload; with checksums if `payload` is given. `ranges` are first byte and bytes."""
-    head = HEAD.pack(DATA, session, number, len(ranges)) + b"".join(RANGE.pack(*each) for each in ranges)
-    if payload is None:
+    """All of a frame before its payload; of FETCH if there is none. `ranges` are first byte and bytes."""
+    kind = FETCH if payload is None else DATA
+    head = HEAD.pack(kind, session, number, len(ranges)) + b"".join(RANGE.pack(*each) for each in ranges)
+    if not has_checksums:
         return head
-    head += DIGEST.pack(digest(payload))
+    if payload is not None:
+        head += DIGEST.pack(digest(payload))
     return head + DIGEST.pack(digest((head,)))
 
 
@@ -201,3 +210,12 @@ def advance(pieces: deque[memoryview], count: int) -> None:
             return
         count -= len(first)
         pieces.popleft()
+
+
+def wasted(size: int) -> deque[memoryview]:
+    """Memory for `size` bytes that nobody wants."""
+    whole, rest = divmod(size, len(_WASTE))
+    return deque([_WASTE] * whole + ([_WASTE[:rest]] if rest else []))
+
+
+_WASTE = memoryview(bytearray(1 << 20))

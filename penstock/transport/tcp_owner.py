@@ -16,7 +16,7 @@ import errno
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from itertools import islice
 
@@ -31,6 +31,8 @@ from penstock.transport.tcp_frames import (
     DATA,
     DIGEST,
     DROPPED,
+    FETCH,
+    FETCHED,
     GOODBYE,
     HEAD,
     MAX_FRAME_BYTES,
@@ -49,15 +51,17 @@ from penstock.transport.tcp_frames import (
     digest,
     new_socket,
     read_hello,
+    wasted,
 )
 from penstock.transport.tcp_options import Options
 
 log = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 1024
+DRAIN_BYTES = 1 << 20  # read at a time of what nobody wants
 LINGER_S = 1.0  # for a peer to read why it was cut
 
-_WASTE = memoryview(bytearray(1 << 20))  # where bytes go that nobody wants any more
+MAX_UNREAD_BYTES = 128 << 20  # of answers, that a peer may leave waiting
 
 
 class BadFrame(WireError):
@@ -211,6 +215,8 @@ class _Lane:
         self._number = 0
         self._ranges = 0
         self._payload: list[memoryview] = []  # where it goes; empty where it is thrown away
+        self._answers: deque[memoryview] = deque()  # that the kernel has no room for
+        self._unread_bytes = 0  # of them
 
     def start(self) -> None:
         if not self._is_stopped:
@@ -225,11 +231,15 @@ class _Lane:
         self._is_stopped = True
         self._wanted.clear()
         self._payload.clear()
+        is_between_answers = not self._answers
+        self._answers.clear()
         text = reason.encode()[:MAX_REASON_BYTES]
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._sock)
+        loop.remove_writer(self._sock)
         try:
-            self._sock.send(REPLY.pack(GOODBYE, 0, len(text)) + text)
+            if is_between_answers:
+                self._sock.send(REPLY.pack(GOODBYE, 0, len(text)) + text)
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:  # it is gone, or does not read
             self.close()
@@ -243,6 +253,7 @@ class _Lane:
             self._deadline.cancel()
         if not self.ended.is_set():
             asyncio.get_running_loop().remove_reader(self._sock)
+            asyncio.get_running_loop().remove_writer(self._sock)
             self._sock.close()
             self.ended.set()
 
@@ -250,7 +261,7 @@ class _Lane:
         """What is still to come of this session's frame goes nowhere."""
         if self._payload and self._session == session:
             self._payload.clear()
-            self._wanted = _wasted(sum(map(len, self._wanted)))
+            self._wanted = wasted(sum(map(len, self._wanted)))
 
     def _on_readable(self) -> None:
         for _ in range(3):  # the head of a frame, its ranges, and what is there of its bytes
@@ -280,7 +291,7 @@ class _Lane:
 
     def _drain(self) -> None:
         try:
-            count = self._sock.recv_into(_WASTE)
+            count = self._sock.recv_into(wasted(DRAIN_BYTES)[0])
         except BlockingIOError:
             return
         except OSError:
@@ -294,8 +305,8 @@ class _Lane:
 
     def _on_head(self) -> None:
         kind, self._session, self._number, self._ranges = HEAD.unpack(self._head)
-        if kind == DATA:
-            self._want_table()
+        if kind in (DATA, FETCH):
+            self._want_table(digests=2 if kind == DATA else 1)
             return
         if kind == OPEN:
             self._link.open(self._session, self._number)
@@ -307,15 +318,36 @@ class _Lane:
             raise BadFrame(f"there are no frames of kind {kind}")
         self._want_head()
 
-    def _want_table(self) -> None:
+    def _want_table(self, digests: int) -> None:
         if not 0 < self._ranges <= MAX_RANGES:
             raise BadFrame(f"a frame has {self._ranges} ranges; 1 to {MAX_RANGES} may be")
-        self._table = bytearray(self._ranges * RANGE.size + (2 * DIGEST.size if self._link.has_checksums else 0))
+        self._table = bytearray(self._ranges * RANGE.size + (digests * DIGEST.size if self._link.has_checksums else 0))
         self._wanted.append(memoryview(self._table))
-        self._then = self._on_table
+        self._then = self._on_table if digests == 2 else self._on_fetch
 
     def _on_table(self) -> None:
         """Raises BadFrame unless every byte of the frame belongs into the region."""
+        pieces = self._pieces()
+        if self._session in self._link.sessions:
+            self._payload = pieces
+            self._wanted.extend(pieces)
+        else:  # closed since it was sent
+            self._wanted.extend(wasted(sum(map(len, pieces))))
+        self._then = self._on_payload
+
+    def _on_fetch(self) -> None:
+        """Answers with what the region has there. Raises BadFrame as `_on_table` does."""
+        pieces = self._pieces()
+        if self._session in self._link.sessions:
+            checksum = DIGEST.pack(digest(pieces)) if self._link.has_checksums else b""
+            self._answer(REPLY.pack(FETCHED, self._session, self._number) + checksum, pieces)
+        else:
+            self._reply(DROPPED)
+        if not self._is_stopped:
+            self._want_head()
+
+    def _pieces(self) -> list[memoryview]:
+        """The frame's ranges of the region."""
         if self._link.has_checksums:
             (expected,) = DIGEST.unpack_from(self._table, len(self._table) - DIGEST.size)
             if digest((self._head, memoryview(self._table)[: -DIGEST.size])) != expected:
@@ -327,12 +359,7 @@ class _Lane:
         size = sum(length for _, length in ranges)
         if size > MAX_FRAME_BYTES:
             raise BadFrame(f"a frame has {size} bytes; the limit is {MAX_FRAME_BYTES}")
-        if self._session in self._link.sessions:
-            self._payload = [self._buffer[start : start + length] for start, length in ranges]
-            self._wanted.extend(self._payload)
-        else:  # closed since it was sent
-            self._wanted.extend(_wasted(size))
-        self._then = self._on_payload
+        return [self._buffer[start : start + length] for start, length in ranges]
 
     def _on_payload(self) -> None:
         self._reply(self._verdict())
@@ -349,23 +376,33 @@ class _Lane:
         return PLACED if digest(self._payload) == expected else DAMAGED
 
     def _reply(self, kind: int) -> None:
-        """A peer that lets replies fill the kernel's buffers, many thousands of them, is cut."""
-        reply = REPLY.pack(kind, self._session, self._number)
+        self._answer(REPLY.pack(kind, self._session, self._number), [])
+
+    def _answer(self, head: bytes, payload: Sequence[memoryview]) -> None:
+        """Raises BadFrame for a peer that lets answers pile up."""
+        is_first = not self._answers
+        self._answers += [memoryview(head), *payload]
+        self._unread_bytes += len(head) + sum(map(len, payload))
+        if is_first:
+            self._push()
+        if self._unread_bytes > MAX_UNREAD_BYTES:
+            raise BadFrame("it does not read what it is answered")
+
+    def _push(self) -> None:
+        """One call of the kernel; the loop calls again when it has room, as long as there is more."""
         try:
-            if self._sock.send(reply) == len(reply):
-                return
+            count = self._sock.sendmsg(list(islice(self._answers, PIECES)))
         except BlockingIOError:
-            pass
+            count = 0
         except OSError as error:
             self._link.end(f"a connection was lost: {error.strerror}")
             return
-        raise BadFrame("it does not read what it is answered")
-
-
-def _wasted(size: int) -> deque[memoryview]:
-    """Memory for `size` bytes that nobody wants."""
-    whole, rest = divmod(size, len(_WASTE))
-    return deque([_WASTE] * whole + ([_WASTE[:rest]] if rest else []))
+        self._unread_bytes -= count
+        advance(self._answers, count)
+        if self._answers:
+            asyncio.get_running_loop().add_writer(self._sock, self._push)
+        else:
+            asyncio.get_running_loop().remove_writer(self._sock)
 
 
 async def _listening(host: str, port: int) -> socket.socket:

@@ -31,6 +31,8 @@ from penstock.transport.tcp_frames import (
     CLOSE,
     CLOSED,
     DAMAGED,
+    DIGEST,
+    FETCHED,
     GOODBYE,
     HEAD,
     MAX_RANGES,
@@ -43,11 +45,12 @@ from penstock.transport.tcp_frames import (
     REPLY,
     Hello,
     advance,
-    data_head,
     dial,
     digest,
+    frame_head,
     is_loopback,
     say_hello,
+    wasted,
 )
 from penstock.transport.tcp_options import Options
 
@@ -60,7 +63,6 @@ FIRST_CHUNK_BYTES = 1 << 20  # of a connection that has not been measured
 ATTEMPTS = 2  # at getting a frame over undamaged
 
 _QUEUED = struct.Struct("i")
-_REPLIES_BYTES = 1 << 16
 _FILLER = memoryview(bytes(1 << 20))  # for the rest of a frame that nobody wants any more
 
 
@@ -75,10 +77,11 @@ class _Part:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Frame:
     sending: Sending
-    part: _Part
+    part: _Part | None  # of what is written
     number: int
     runs: list[Run]
     size: int
+    is_read: bool
     attempt: int
     loaded_s: float
 
@@ -175,11 +178,12 @@ class Link:
             lane.wake()
 
     def withdraw(self, sending: Sending) -> None:
-        """Nothing that lies in its memory is sent from now on."""
+        """Nothing that lies in its memory is sent from now on, nor anything stored there."""
         if sending in self._turns:
             self._turns.remove(sending)
         for lane in self._lanes:
             lane.blank(sending)
+            lane.waste(sending)
 
     def forget(self, session: int) -> None:
         self._sessions.pop(session, None)
@@ -239,14 +243,21 @@ class Link:
             self.fail(ConnectionLost(f"{self.offer.owner} answered for frame {number}, which it was not sent"))
             return
         lane.on_reply(frame)
-        frame.sending.on_placed(frame) if kind == PLACED else frame.sending.on_not_placed(frame, kind == DAMAGED)
+        if kind in (PLACED, FETCHED):
+            frame.sending.on_placed(frame)
+        else:
+            frame.sending.on_not_placed(frame, kind == DAMAGED)
+
+    def find_frame(self, number: int) -> _Frame | None:
+        """One that the owner has not answered for."""
+        return self._frames.get(number)
 
     def on_goodbye(self, reason: str) -> None:
         self.fail(ConnectionLost(f"{self.offer.owner} ended the link: {reason}"))
 
     def _progress(self) -> tuple[int, int]:
         """Changes while bytes or replies arrive anywhere."""
-        return self._replies, sum(lane.arrived_bytes for lane in self._lanes)
+        return self._replies, sum(lane.arrived_bytes + lane.received_bytes for lane in self._lanes)
 
 
 class Sending:
@@ -260,6 +271,7 @@ class Sending:
         self._on_moved = on_moved
         self._parts: deque[_Part] = deque()  # in order, from the first on that is not placed
         self._backlog = Backlog(peer.offer.layout.block_bytes)
+        self._reads = Backlog(peer.offer.layout.block_bytes)
         self._again: deque[_Frame] = deque()  # arrived damaged
         self._link: Link | None = None
         self._session = 0
@@ -272,7 +284,7 @@ class Sending:
 
     @property
     def has_more(self) -> bool:
-        return bool(self._backlog or self._again)
+        return bool(self._backlog or self._reads or self._again)
 
     async def open(self) -> None:
         """Raises Refused, StaleEpoch or ConnectionLost."""
@@ -284,12 +296,18 @@ class Sending:
             raise self._error
 
     def write(self, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
+        self._move(self._backlog, pairs)
+
+    def read(self, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
+        self._move(self._reads, pairs)
+
+    def _move(self, backlog: Backlog, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
         if self._error is not None or self._link is None or not pairs:
             return  # `flush` says so
         if self._settled.is_set():
             self._settled.clear()
             self._began_s = clock.now()
-        self._backlog.add(pairs)
+        backlog.add(pairs)
         self._link.send(self)
 
     async def flush(self) -> None:
@@ -300,16 +318,20 @@ class Sending:
             raise self._error
 
     async def leave(self) -> None:
-        """Nothing is sent from this region any more."""
+        """Nothing is sent from this region any more, and nothing stored there."""
         link, self._link = self._link, None
         if link is None or not self._session:
             return
-        self._backlog.clear()
-        self._again.clear()
+        self._forget_rest()
         link.withdraw(self)
         if link.error is None:
             link.say(CLOSE, self._session)
             link.forget(self._session)
+
+    def _forget_rest(self) -> None:
+        self._backlog.clear()
+        self._reads.clear()
+        self._again.clear()
 
     def next_frame(self, number: int, limit_bytes: int) -> _Frame:
         """Only while it `has_more`."""
@@ -317,25 +339,37 @@ class Sending:
         self._unplaced += 1
         if self._again:
             bad = self._again.popleft()
-            return _Frame(self, bad.part, number, bad.runs, bad.size, bad.attempt + 1, now)
-        runs = self._backlog.take(limit_bytes, MAX_RANGES)
-        self._parts.append(part := _Part(self._backlog.taken_pairs))
-        return _Frame(self, part, number, runs, sum(run.size for run in runs), 1, now)
+            return _Frame(self, bad.part, number, bad.runs, bad.size, bad.is_read, bad.attempt + 1, now)
+        backlog = self._reads or self._backlog
+        runs = backlog.take(limit_bytes, MAX_RANGES)
+        part = None
+        if backlog is self._backlog:
+            self._parts.append(part := _Part(backlog.taken_pairs))
+        return _Frame(self, part, number, runs, sum(run.size for run in runs), part is None, 1, now)
+
+    def own(self, frame: _Frame) -> list[memoryview]:
+        """A frame's ranges of this worker's region."""
+        return [self._source[run.source : run.source + run.size] for run in frame.runs]
+
+    @property
+    def is_over(self) -> bool:
+        return self._link is None or self._error is not None
 
     def pieces(self, frame: _Frame) -> list[memoryview]:
         """All of a frame as it is sent."""
-        payload = [self._source[run.source : run.source + run.size] for run in frame.runs]
+        payload = None if frame.is_read else self.own(frame)
         ranges = [(run.target, run.size) for run in frame.runs]
         has_checksums = self._link is not None and self._link.has_checksums
-        head = data_head(self._session, frame.number, ranges, payload if has_checksums else None)
-        return [memoryview(head), *payload]
+        head = frame_head(self._session, frame.number, ranges, payload, has_checksums)
+        return [memoryview(head), *(payload or ())]
 
     def on_answer(self, kind: int) -> None:
         self._answered.set()
 
     def on_placed(self, frame: _Frame) -> None:
         self._unplaced -= 1
-        frame.part.is_placed = True
+        if frame.part is not None:
+            frame.part.is_placed = True
         moved = self.moved
         blocks, seconds = moved.blocks, moved.seconds
         while self._parts and self._parts[0].is_placed:
@@ -364,8 +398,7 @@ class Sending:
 
     def on_lost(self, error: PenstockError) -> None:
         self._error = error
-        self._backlog.clear()
-        self._again.clear()
+        self._forget_rest()
         self._answered.set()
         self._settled.set()
 
@@ -385,7 +418,13 @@ class _Lane:
         self._frame: _Frame | None = None  # that `_pieces` is the rest of
         self._pieces: deque[memoryview] = deque()
         self._is_waiting = False  # for room in the kernel
-        self._inbox = bytearray()
+        self.received_bytes = 0
+        self._reply = bytearray(REPLY.size)
+        self._rest = bytearray()  # of a reply: a reason, or a checksum
+        self._fetched: _Frame | None = None  # whose bytes are coming
+        self._wanted: deque[memoryview] = deque()
+        self._then: Callable[[], None] = self._on_head
+        self._want_head()
         asyncio.get_running_loop().add_reader(sock, self._on_readable)
 
     @property
@@ -482,23 +521,73 @@ class _Lane:
         self._pieces.extend(frame.sending.pieces(frame))
         return True
 
+    def waste(self, sending: Sending) -> None:
+        """What is still to come for it goes nowhere."""
+        if self._fetched is not None and self._fetched.sending is sending:
+            self._fetched = None
+            self._wanted = wasted(sum(map(len, self._wanted)))
+
     def _on_readable(self) -> None:
+        for _ in range(2):  # a reply, and what is there of its bytes
+            if self._link.error is not None or not self._receive():
+                return
+
+    def _receive(self) -> bool:
+        """One call of the kernel; whether there may be more."""
         try:
-            data = self._sock.recv(_REPLIES_BYTES)
+            count = self._sock.recvmsg_into(list(islice(self._wanted, PIECES)))[0]
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._link.fail(ConnectionLost(f"lost {self._link.offer.owner}: {error.strerror}"))
-            return
-        if not data:
+            return False
+        if not count:
             self._link.fail(ConnectionLost(f"{self._link.offer.owner} closed a connection"))
-            return
-        self._inbox += data
-        while len(self._inbox) >= REPLY.size and self._link.error is None:
-            kind, session, number = REPLY.unpack_from(self._inbox)
-            if kind == GOODBYE:
-                if len(self._inbox) >= REPLY.size + min(number, MAX_REASON_BYTES):
-                    self._link.on_goodbye(self._inbox[REPLY.size :].decode(errors="replace"))
-                return
-            del self._inbox[: REPLY.size]
+            return False
+        self.received_bytes += count
+        advance(self._wanted, count)
+        if not self._wanted:
+            self._then()
+        return True
+
+    def _want_head(self) -> None:
+        self._want(memoryview(self._reply), then=self._on_head)
+
+    def _want(self, *pieces: memoryview, then: Callable[[], None]) -> None:
+        self._wanted.extend(pieces)
+        self._then = then
+
+    def _on_head(self) -> None:
+        kind, session, number = REPLY.unpack(self._reply)
+        if kind == GOODBYE:
+            self._rest = bytearray(min(number, MAX_REASON_BYTES))
+            self._want(memoryview(self._rest), then=self._on_reason)
+        elif kind == FETCHED:
+            self._want_fetched(number)
+        else:
             self._link.on_reply(kind, session, number, self)
+            self._want_head()
+
+    def _on_reason(self) -> None:
+        self._link.on_goodbye(self._rest.decode(errors="replace"))
+
+    def _want_fetched(self, number: int) -> None:
+        frame = self._link.find_frame(number)
+        if frame is None or not frame.is_read:
+            self._link.fail(ConnectionLost(f"{self._link.offer.owner} sent what it was not asked for"))
+            return
+        self._rest = bytearray(DIGEST.size if self._link.has_checksums else 0)
+        is_over = frame.sending.is_over
+        self._fetched = None if is_over else frame
+        pieces = wasted(frame.size) if is_over else frame.sending.own(frame)
+        head = [memoryview(self._rest)] if self._rest else []
+        self._want(*head, *pieces, then=lambda: self._on_fetched(frame))
+
+    def _on_fetched(self, frame: _Frame) -> None:
+        kind = FETCHED
+        if self._fetched is not None and self._rest:
+            (expected,) = DIGEST.unpack(self._rest)
+            kind = FETCHED if digest(frame.sending.own(frame)) == expected else DAMAGED
+        self._fetched = None
+        self._link.on_reply(kind, 0, frame.number, self)
+        self._want_head()

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from penstock.sim.network import Network
 from penstock.sim.transport import FabricHub, FabricTransport
 from penstock.sim.wiring import Wiring
 from penstock.topology.build import PRESETS, build
-from penstock.transport.api import Offer, Pipe, Transport
+from penstock.transport.api import Exported, Offer, Pipe, Transport
+from penstock.transport.host_memory import new_region
 from penstock.transport.memory import MemoryHub, MemoryTransport
 from penstock.transport.shm import ShmTransport
 from penstock.transport.tcp import TcpTransport
@@ -62,7 +64,7 @@ class Place:
     @asynccontextmanager
     async def reached(self, offer: Offer, writer: str = WRITER) -> AsyncIterator[None]:
         """`writer` may write into the region on offer, in the backend's way."""
-        if self.there.is_in_place:
+        if self.there.limits.is_in_place:
             async with self.there.attach(offer, writer):
                 yield
         else:
@@ -70,14 +72,23 @@ class Place:
                 yield
 
     @asynccontextmanager
-    async def piped(self, offer: Offer, writer: str = WRITER) -> AsyncIterator[tuple[Pipe, memoryview]]:
+    async def piped(
+        self, offer: Offer, writer: str = WRITER, request: str = "r", on_moved: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[tuple[Pipe, memoryview]]:
         """A pipe into the region on offer, and the memory that it writes from: block n is full of n + 1."""
-        async with self.there.export("p", 7, LAYOUT, BLOCKS) as source:
+        async with exporting(self.there, "p", 7) as source:
             buffer = buffer_of(source.region)
             for number in range(BLOCKS):
                 set_block(buffer, number, number + 1)
-            async with self.there.connect(offer, source.region, writer) as pipe:
+            async with self.there.connect(offer, source.region, writer, request, on_moved) as pipe:
                 yield pipe, buffer
+
+
+@asynccontextmanager
+async def exporting(transport: Transport, owner: str, epoch: int) -> AsyncIterator[Exported]:
+    """A region of zeroes on offer."""
+    async with new_region(owner, epoch, LAYOUT, BLOCKS) as region, transport.export(region) as exported:
+        yield exported
 
 
 def buffer_of(region: Region) -> memoryview:
@@ -119,13 +130,13 @@ def tcp() -> tuple[Transport, Transport]:
     return TcpTransport("token"), TcpTransport("token")
 
 
-def fabric() -> tuple[Transport, Transport]:
+def fabric(is_fenced: bool = False) -> tuple[Transport, Transport]:
     """The simulated network; its workers need places in a host."""
     links = Network()
     wiring = Wiring(build([PRESETS["hgx-h100"]]), links)
     for number, worker in enumerate(("d", "e", "p")):
         wiring.place(worker, (f"node0/gpu{number}",))
-    hub = FabricHub(links, wiring, has_memory=True, on_kill=lambda writer: hub.died(writer))
+    hub = FabricHub(links, wiring, is_fenced=is_fenced, on_kill=lambda writer: hub.died(writer))
     return FabricTransport(hub), FabricTransport(hub)
 
 
@@ -139,9 +150,10 @@ WRITING = {
     "tcp": (tcp, run),
     "tcp-uvloop": (tcp, run_uvloop),
     "fabric-virtual": (fabric, run_virtual),
+    "fenced-fabric-virtual": (partial(fabric, is_fenced=True), run_virtual),
 }
 PLACES = IN_PLACE | WRITING
-NO_BACKENDS = {"api", "offers", "host_memory", "io_thread", "private"}  # private has nobody to promise anything
+NO_BACKENDS = {"api", "offers", "host_memory", "io_thread"}
 
 
 def test_every_backend_is_here() -> None:
@@ -157,6 +169,16 @@ def place_of(name: str) -> Place:
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest) -> Place:
+    return place_of(request.param)
+
+
+@pytest.fixture(params=[name for name in PLACES if not place_of(name).here.limits.is_fenced])
+def unfenced(request: pytest.FixtureRequest) -> Place:
+    return place_of(request.param)
+
+
+@pytest.fixture(params=[name for name in PLACES if place_of(name).here.limits.is_fenced])
+def fenced(request: pytest.FixtureRequest) -> Place:
     return place_of(request.param)
 
 
@@ -181,7 +203,7 @@ async def is_pending(task: asyncio.Task[None]) -> bool:
 
 def test_a_region_is_zeroed_and_of_the_size_asked_for(place: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 3, LAYOUT, BLOCKS) as exported:
+        async with exporting(place.here, "d", 3) as exported:
             region = exported.region
             assert (region.owner, region.epoch, region.layout, region.blocks) == ("d", 3, LAYOUT, BLOCKS)
             assert region.buffer is not None
@@ -194,33 +216,33 @@ def test_a_region_is_zeroed_and_of_the_size_asked_for(place: Place) -> None:
 
 def test_another_incarnation_is_stale(place: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 2, LAYOUT, BLOCKS) as exported:
+        async with exporting(place.here, "d", 2) as exported:
             for epoch in (1, 3):
                 with pytest.raises(StaleEpoch, match=f"epoch {epoch},"):
                     async with place.reached(msgspec.structs.replace(exported.offer, epoch=epoch)):
                         pytest.fail("let in to another incarnation")
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
 
     place.run(story())
 
 
 def test_another_shape_is_refused(place: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 1, LAYOUT, BLOCKS) as exported:
+        async with exporting(place.here, "d", 1) as exported:
             other = msgspec.structs.replace(LAYOUT, packing="shuffled")
             changes: list[dict[str, Any]] = [{"layout": other}, {"blocks": BLOCKS + 1}, {"blocks": BLOCKS - 1}]
             for change in changes:
                 with pytest.raises(Refused, match=r"blocks of.* has 40 of"):
                     async with place.reached(msgspec.structs.replace(exported.offer, **change)):
                         pytest.fail("let in to another shape")
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
 
     place.run(story())
 
 
 def test_a_region_that_is_gone_is_refused(place: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 1, LAYOUT, BLOCKS) as exported:
+        async with exporting(place.here, "d", 1) as exported:
             offer = exported.offer
         with pytest.raises(Refused, match="any more"):
             async with place.reached(offer):
@@ -231,71 +253,71 @@ def test_a_region_that_is_gone_is_refused(place: Place) -> None:
 
 def test_who_never_came_is_gone(place: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 1, LAYOUT, BLOCKS) as exported:
-            await exported.wait_gone("nobody:1")
+        async with exporting(place.here, "d", 1) as exported:
+            await exported.fence("nobody:1", "r")
             exported.kill("nobody:1")
 
     place.run(story())
 
 
-def test_a_writer_is_gone_once_it_left(place: Place) -> None:
+def test_a_writer_is_gone_once_it_left(unfenced: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 1, LAYOUT, BLOCKS) as exported:
-            async with place.reached(exported.offer):
-                waiting = asyncio.create_task(exported.wait_gone(WRITER))
+        async with exporting(unfenced.here, "d", 1) as exported:
+            async with unfenced.reached(exported.offer):
+                waiting = asyncio.create_task(exported.fence(WRITER, "r"))
                 assert await is_pending(waiting)
             await waiting
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
 
-    place.run(story())
+    unfenced.run(story())
 
 
 def test_a_writer_is_gone_once_it_failed(place: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 1, LAYOUT, BLOCKS) as exported:
+        async with exporting(place.here, "d", 1) as exported:
             with pytest.raises(ZeroDivisionError):
                 async with place.reached(exported.offer):
                     raise ZeroDivisionError
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
 
     place.run(story())
 
 
-def test_writers_are_told_apart(place: Place) -> None:
+def test_writers_are_told_apart(unfenced: Place) -> None:
     async def story() -> None:
         async with (
-            place.here.export("d", 1, LAYOUT, BLOCKS) as exported,
-            place.reached(exported.offer, "p:1"),
+            exporting(unfenced.here, "d", 1) as exported,
+            unfenced.reached(exported.offer, "p:1"),
         ):
-            waiting = asyncio.create_task(exported.wait_gone("p:1"))
-            async with place.reached(exported.offer, "p:2"):
-                await exported.wait_gone("q:1")
+            waiting = asyncio.create_task(exported.fence("p:1", "r"))
+            async with unfenced.reached(exported.offer, "p:2"):
+                await exported.fence("q:1", "r")
                 assert await is_pending(waiting)
-            await exported.wait_gone("p:2")
+            await exported.fence("p:2", "r")
             assert await is_pending(waiting)
             waiting.cancel()
 
-    place.run(story())
+    unfenced.run(story())
 
 
-def test_a_writer_may_come_back(place: Place) -> None:
+def test_a_writer_may_come_back(unfenced: Place) -> None:
     async def story() -> None:
-        async with place.here.export("d", 1, LAYOUT, BLOCKS) as exported:
-            async with place.reached(exported.offer):
+        async with exporting(unfenced.here, "d", 1) as exported:
+            async with unfenced.reached(exported.offer):
                 pass
-            await exported.wait_gone(WRITER)
-            async with place.reached(exported.offer):
-                waiting = asyncio.create_task(exported.wait_gone(WRITER))
+            await exported.fence(WRITER, "r")
+            async with unfenced.reached(exported.offer):
+                waiting = asyncio.create_task(exported.fence(WRITER, "r"))
                 assert await is_pending(waiting)
             await waiting
 
-    place.run(story())
+    unfenced.run(story())
 
 
 def test_what_the_block_raises_passes_unchanged(place: Place) -> None:
     async def story() -> None:
         with pytest.raises(ZeroDivisionError):
-            async with place.here.export("d", 1, LAYOUT, BLOCKS):
+            async with exporting(place.here, "d", 1):
                 raise ZeroDivisionError
 
     place.run(story())
@@ -306,7 +328,7 @@ def test_what_the_block_raises_passes_unchanged(place: Place) -> None:
 
 def test_an_offer_survives_the_wire(shared: Place) -> None:
     async def story() -> None:
-        async with shared.here.export("d", 3, LAYOUT, BLOCKS) as exported:
+        async with exporting(shared.here, "d", 3) as exported:
             offer = msgspec.msgpack.decode(msgspec.msgpack.encode(exported.offer), type=Offer)
             async with shared.there.attach(offer, WRITER) as attached:
                 assert attached.region.key == exported.region.key
@@ -318,7 +340,7 @@ def test_an_offer_survives_the_wire(shared: Place) -> None:
 def test_owner_and_writers_see_one_memory(shared: Place) -> None:
     async def story() -> None:
         async with (
-            shared.here.export("d", 1, LAYOUT, BLOCKS) as exported,
+            exporting(shared.here, "d", 1) as exported,
             shared.there.attach(exported.offer, "p:1") as first,
             shared.there.attach(exported.offer, "q:1") as second,
         ):
@@ -336,8 +358,8 @@ def test_owner_and_writers_see_one_memory(shared: Place) -> None:
 def test_regions_do_not_mix(shared: Place) -> None:
     async def story() -> None:
         async with (
-            shared.here.export("d", 1, LAYOUT, BLOCKS) as first,
-            shared.there.export("e", 1, LAYOUT, BLOCKS) as second,
+            exporting(shared.here, "d", 1) as first,
+            exporting(shared.there, "e", 1) as second,
             shared.here.attach(second.offer, "d:1") as attached,
         ):
             assert attached.region.buffer is not None
@@ -350,7 +372,7 @@ def test_regions_do_not_mix(shared: Place) -> None:
 
 def test_an_owner_may_leave_before_its_writers(shared: Place) -> None:
     async def story() -> None:
-        export = shared.here.export("d", 1, LAYOUT, BLOCKS)
+        export = exporting(shared.here, "d", 1)
         exported = await export.__aenter__()
         async with shared.there.attach(exported.offer, WRITER) as attached:
             assert not attached.is_owner_gone
@@ -368,9 +390,9 @@ def test_memory_is_named_alike_where_it_is_shared(shared: Place) -> None:
 
 def test_nobody_connects_where_all_attach(shared: Place) -> None:
     async def story() -> None:
-        async with shared.here.export("d", 1, LAYOUT, BLOCKS) as exported:
+        async with exporting(shared.here, "d", 1) as exported:
             with pytest.raises(Refused, match="must attach"):
-                shared.there.connect(exported.offer, exported.region, WRITER)
+                shared.there.connect(exported.offer, exported.region, WRITER, "r", lambda: None)
 
     shared.run(story())
 
@@ -380,7 +402,7 @@ def test_nobody_connects_where_all_attach(shared: Place) -> None:
 
 def test_an_offer_to_writers_survives_the_wire(remote: Place) -> None:
     async def story() -> None:
-        async with remote.here.export("d", 3, LAYOUT, BLOCKS) as exported:
+        async with exporting(remote.here, "d", 3) as exported:
             offer = msgspec.msgpack.decode(msgspec.msgpack.encode(exported.offer), type=Offer)
             async with remote.piped(offer) as (pipe, _):
                 pipe.write(pairs((0, 0)))
@@ -392,7 +414,7 @@ def test_an_offer_to_writers_survives_the_wire(remote: Place) -> None:
 
 def test_blocks_are_in_place_after_a_flush_and_no_others(remote: Place) -> None:
     async def story() -> None:
-        async with remote.here.export("d", 1, LAYOUT, BLOCKS) as exported, remote.piped(exported.offer) as (pipe, _):
+        async with exporting(remote.here, "d", 1) as exported, remote.piped(exported.offer) as (pipe, _):
             pipe.write(pairs((0, 5), (1, 6), (2, 7), (9, 1), (39, 0), (3, 39)))
             await pipe.flush()
             assert found(buffer_of(exported.region)) == filled(_5=1, _6=2, _7=3, _1=10, _0=40, _39=4)
@@ -402,7 +424,7 @@ def test_blocks_are_in_place_after_a_flush_and_no_others(remote: Place) -> None:
 
 def test_a_flush_with_nothing_to_wait_for_returns(remote: Place) -> None:
     async def story() -> None:
-        async with remote.here.export("d", 1, LAYOUT, BLOCKS) as exported, remote.piped(exported.offer) as (pipe, _):
+        async with exporting(remote.here, "d", 1) as exported, remote.piped(exported.offer) as (pipe, _):
             await pipe.flush()
             pipe.write([])
             await pipe.flush()
@@ -417,7 +439,7 @@ def test_a_flush_with_nothing_to_wait_for_returns(remote: Place) -> None:
 def test_a_block_may_change_once_it_was_flushed(remote: Place) -> None:
     async def story() -> None:
         async with (
-            remote.here.export("d", 1, LAYOUT, BLOCKS) as exported,
+            exporting(remote.here, "d", 1) as exported,
             remote.piped(exported.offer) as (pipe, source),
         ):
             for byte in range(100, 110):
@@ -432,8 +454,8 @@ def test_a_block_may_change_once_it_was_flushed(remote: Place) -> None:
 def test_pipes_do_not_mix(remote: Place) -> None:
     async def story() -> None:
         async with (
-            remote.here.export("d", 1, LAYOUT, BLOCKS) as first,
-            remote.here.export("e", 1, LAYOUT, BLOCKS) as second,
+            exporting(remote.here, "d", 1) as first,
+            exporting(remote.here, "e", 1) as second,
             remote.piped(first.offer) as (one, _),
             remote.piped(first.offer) as (two, _),
             remote.piped(second.offer) as (three, _),
@@ -451,11 +473,11 @@ def test_pipes_do_not_mix(remote: Place) -> None:
 
 def test_a_pipe_that_was_left_writes_no_more(remote: Place) -> None:
     async def story() -> None:
-        async with remote.here.export("d", 1, LAYOUT, BLOCKS) as exported:
+        async with exporting(remote.here, "d", 1) as exported:
             buffer = buffer_of(exported.region)
             async with remote.piped(exported.offer) as (pipe, _):
                 pipe.write(pairs(*((number, number) for number in range(BLOCKS))))
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             buffer[:] = bytes(len(buffer))
             async with remote.piped(exported.offer) as (pipe, _):  # all that was sent before would come before this
                 pipe.write(pairs((0, 3)))
@@ -467,9 +489,9 @@ def test_a_pipe_that_was_left_writes_no_more(remote: Place) -> None:
 
 def test_a_writer_whose_pipe_was_taken_back_is_told_and_writes_no_more(remote: Place) -> None:
     async def story() -> None:
-        async with remote.here.export("d", 1, LAYOUT, BLOCKS) as exported, remote.piped(exported.offer) as (pipe, _):
+        async with exporting(remote.here, "d", 1) as exported, remote.piped(exported.offer) as (pipe, _):
             exported.kill(WRITER)
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             pipe.write(pairs((0, 0)))
             with pytest.raises(ConnectionLost):
                 await pipe.flush()
@@ -478,9 +500,72 @@ def test_a_writer_whose_pipe_was_taken_back_is_told_and_writes_no_more(remote: P
     remote.run(story())
 
 
+def test_what_was_moved_is_counted_and_told(remote: Place) -> None:
+    async def story() -> None:
+        told: list[None] = []
+        async with (
+            exporting(remote.here, "d", 1) as exported,
+            remote.piped(exported.offer, on_moved=lambda: told.append(None)) as (pipe, _),
+        ):
+            assert pipe.moved.blocks == pipe.moved.size_bytes == 0
+            for blocks in (pairs((0, 0), (1, 1), (5, 9)), pairs((7, 2))):
+                pipe.write(blocks)
+                await pipe.flush()
+            await asyncio.sleep(0.01)
+            moved = pipe.moved
+            assert (moved.blocks, moved.size_bytes) == (4, 4 * LAYOUT.block_bytes)
+            assert moved.seconds > 0 and 3 <= moved.descriptors <= 4 and told
+
+    remote.run(story())
+
+
+def test_blocks_of_the_owner_are_read(remote: Place) -> None:
+    async def story() -> None:
+        async with (
+            exporting(remote.here, "d", 1) as exported,
+            remote.piped(exported.offer) as (pipe, own),
+        ):
+            theirs = buffer_of(exported.region)
+            for number in range(BLOCKS):
+                set_block(theirs, number, 100 + number)
+            before = found(own)
+            pipe.read(pairs((3, 30), (4, 31), (5, 2)))
+            pipe.write(pairs((0, 0)))
+            await pipe.flush()
+            assert [found(own)[number] for number in (3, 4, 5)] == [130, 131, 102]
+            assert [each for number, each in enumerate(found(own)) if number not in (3, 4, 5)] == [
+                each for number, each in enumerate(before) if number not in (3, 4, 5)
+            ]
+            assert found(theirs) == [1, *range(101, 100 + BLOCKS)]
+
+    remote.run(story())
+
+
+def test_one_transfer_is_fenced_off_at_once_and_no_other(fenced: Place) -> None:
+    async def story() -> None:
+        async with (
+            exporting(fenced.here, "d", 1) as exported,
+            fenced.piped(exported.offer, request="a") as (one, _),
+            fenced.piped(exported.offer, request="b") as (two, _),
+        ):
+            await exported.fence(WRITER, "a")
+            one.write(pairs((1, 1)))
+            with pytest.raises(ConnectionLost, match="took its memory back"):
+                await one.flush()
+            two.write(pairs((2, 2)))
+            await two.flush()
+            assert found(buffer_of(exported.region)) == filled(_2=3)
+            async with fenced.piped(exported.offer, request="a") as (again, _):  # by the next who is of that name
+                again.write(pairs((3, 3)))
+                await again.flush()
+            assert found(buffer_of(exported.region)) == filled(_2=3, _3=4)
+
+    fenced.run(story())
+
+
 def test_the_end_of_an_owner_is_told(remote: Place) -> None:
     async def story() -> None:
-        export = remote.here.export("d", 1, LAYOUT, BLOCKS)
+        export = exporting(remote.here, "d", 1)
         exported = await export.__aenter__()
         async with remote.piped(exported.offer) as (pipe, _):
             await export.__aexit__(None, None, None)
@@ -493,7 +578,7 @@ def test_the_end_of_an_owner_is_told(remote: Place) -> None:
 
 def test_nobody_attaches_where_all_connect(remote: Place) -> None:
     async def story() -> None:
-        async with remote.here.export("d", 1, LAYOUT, BLOCKS) as exported:
+        async with exporting(remote.here, "d", 1) as exported:
             with pytest.raises(Refused, match="cannot compute in the memory of d"):
                 remote.there.attach(exported.offer, WRITER)
 

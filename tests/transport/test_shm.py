@@ -22,6 +22,7 @@ from penstock.blocks import KvLayout
 from penstock.errors import ConnectionLost, KvError, Refused, SetupError
 from penstock.transport import host_memory, shm
 from penstock.transport.api import Exported
+from penstock.transport.host_memory import new_region
 from penstock.transport.shm import ShmTransport
 from tests.support import errors_of_loop, run
 
@@ -53,7 +54,7 @@ class PeerProcess:
 
 @asynccontextmanager
 async def exporting(blocks: int = BLOCKS) -> AsyncIterator[Exported]:
-    async with ShmTransport(TOKEN).export("d", 1, LAYOUT, blocks) as exported:
+    async with new_region("d", 1, LAYOUT, blocks) as region, ShmTransport(TOKEN).export(region) as exported:
         yield exported
 
 
@@ -195,7 +196,7 @@ def test_a_region_in_use_is_not_unmapped_and_its_writer_not_gone() -> None:
                     kept = attached.region.buffer[:10]
             kept[0] = 1
             assert buffer_of(exported)[0] == 1
-            waiting = asyncio.create_task(exported.wait_gone(WRITER))
+            waiting = asyncio.create_task(exported.fence(WRITER, "r"))
             await assert_pending(waiting)
             waiting.cancel()
             kept.release()
@@ -221,7 +222,7 @@ def test_a_detached_process_is_gone_though_it_lives(loop_factory: LoopFactory) -
     async def story() -> None:
         async with exporting() as exported, peer_of(exported) as peer:
             assert await peer.ask("detach") == "detached"
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             assert peer.process.returncode is None
 
     run(story(), loop_factory=loop_factory)
@@ -231,7 +232,7 @@ def test_a_detached_process_is_gone_though_it_lives(loop_factory: LoopFactory) -
 def test_a_killed_process_is_gone(loop_factory: LoopFactory) -> None:
     async def story() -> None:
         async with exporting() as exported, peer_of(exported) as peer:
-            waiting = asyncio.create_task(exported.wait_gone(WRITER))
+            waiting = asyncio.create_task(exported.fence(WRITER, "r"))
             await assert_pending(waiting)
             peer.process.kill()
             await waiting
@@ -244,7 +245,7 @@ def test_a_process_that_only_closed_its_socket_is_not_gone_until_it_dies(loop_fa
     async def story() -> None:
         async with exporting() as exported, peer_of(exported) as peer:
             assert await peer.ask("close-socket") == "closed"
-            waiting = asyncio.create_task(exported.wait_gone(WRITER))
+            waiting = asyncio.create_task(exported.fence(WRITER, "r"))
             await assert_pending(waiting)
             assert await peer.ask("write 5 6") == "wrote"  # it can still do that, which is why
             assert buffer_of(exported)[5] == 6
@@ -260,7 +261,7 @@ def test_a_stopped_process_can_be_killed(loop_factory: LoopFactory) -> None:
         async with exporting() as exported, peer_of(exported) as peer, peer_of(exported, "q:1") as other:
             assert await peer.ask("stop") == "stopping"
             exported.kill(WRITER)
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             assert await peer.process.wait() == -signal.SIGKILL
             exported.kill(WRITER)
             assert await other.ask("read 0") == "0"
@@ -277,7 +278,7 @@ def test_an_attach_given_up_halfway_leaves_no_writer(loop_factory: LoopFactory) 
                 await ShmTransport(TOKEN)._join(sock, exported.offer)
                 sock.send(shm._encode(shm._Ask(exported.offer, WRITER)))
                 await auth.wait_readable(sock)
-                waiting = asyncio.create_task(exported.wait_gone(WRITER))
+                waiting = asyncio.create_task(exported.fence(WRITER, "r"))
                 await assert_pending(waiting)
                 shm._say_unmapped(sock)
             await waiting
@@ -300,7 +301,7 @@ def test_an_attach_cancelled_anywhere_leaves_no_writer(loop_factory: LoopFactory
                         await asyncio.sleep(0)
                     attaching.cancel()
                     await asyncio.wait((attaching,))
-                    await exported.wait_gone(WRITER)
+                    await exported.fence(WRITER, "r")
         assert errors == []
 
     run(story(), loop_factory=loop_factory)
@@ -315,7 +316,7 @@ def test_a_wrong_token_is_refused(caplog: pytest.LogCaptureFixture) -> None:
             with pytest.raises(Refused, match="token"):
                 async with ShmTransport("wrong").attach(exported.offer, WRITER):
                     pytest.fail("attached with a wrong token")
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
 
     run(story())
     assert "another token" in caplog.text
@@ -378,9 +379,9 @@ def test_nothing_is_left_behind() -> None:
         ):
             assert await killed.ask("descriptors") == "1"  # that of the mapping, which mmap duplicates
             killed.process.kill()
-            await exported.wait_gone("p:1")
+            await exported.fence("p:1", "r")
             assert await detached.ask("detach") == "detached"
-            await exported.wait_gone("q:1")
+            await exported.fence("q:1", "r")
         assert traces() == before
 
     run(story())
@@ -392,6 +393,6 @@ def test_the_pidfd_is_found_on_older_kernels_too(monkeypatch: pytest.MonkeyPatch
     async def story() -> None:
         async with exporting() as exported, peer_of(exported) as peer:
             peer.process.kill()
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
 
     run(story())
