@@ -165,8 +165,8 @@ class TcpPipe:
         for here, there in pairs:
             if not (0 <= here < self._blocks and 0 <= there < self._offer.blocks):
                 raise KvError(
-                    f"block {here} of {self._blocks} cannot be moved to or from block {there} of the {self._offer.blocks} "
-                    f"of {self._offer.owner}"
+                    f"block {here} of {self._blocks} cannot be moved to or from block {there} of the "
+                    f"{self._offer.blocks} of {self._offer.owner}"
                 )
         return pairs
 

@@ -61,7 +61,7 @@ LISTEN_BACKLOG = 1024
 DRAIN_BYTES = 1 << 20  # read at a time of what nobody wants
 LINGER_S = 1.0  # for a peer to read why it was cut
 
-MAX_UNREAD_BYTES = 128 << 20  # of answers, that a peer may leave waiting
+MAX_UNREAD_BYTES, MAX_UNREAD_PIECES = 128 << 20, 1 << 16  # of answers, that a peer may leave waiting
 
 
 class BadFrame(WireError):
@@ -385,7 +385,7 @@ class _Lane:
         self._unread_bytes += len(head) + sum(map(len, payload))
         if is_first:
             self._push()
-        if self._unread_bytes > MAX_UNREAD_BYTES:
+        if self._unread_bytes > MAX_UNREAD_BYTES or len(self._answers) > MAX_UNREAD_PIECES:
             raise BadFrame("it does not read what it is answered")
 
     def _push(self) -> None:

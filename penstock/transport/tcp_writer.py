@@ -560,7 +560,7 @@ class _Lane:
     def _on_head(self) -> None:
         kind, session, number = REPLY.unpack(self._reply)
         if kind == GOODBYE:
-            self._rest = bytearray(min(number, MAX_REASON_BYTES))
+            self._rest = bytearray(min(max(number, 1), MAX_REASON_BYTES))
             self._want(memoryview(self._rest), then=self._on_reason)
         elif kind == FETCHED:
             self._want_fetched(number)

@@ -372,11 +372,10 @@ def test_regions_do_not_mix(shared: Place) -> None:
 
 def test_an_owner_may_leave_before_its_writers(shared: Place) -> None:
     async def story() -> None:
-        export = exporting(shared.here, "d", 1)
-        exported = await export.__aenter__()
-        async with shared.there.attach(exported.offer, WRITER) as attached:
-            assert not attached.is_owner_gone
-            await export.__aexit__(None, None, None)
+        async with new_region("d", 1, LAYOUT, BLOCKS) as region, AsyncExitStack() as stack:
+            async with shared.here.export(region) as exported:
+                attached = await stack.enter_async_context(shared.there.attach(exported.offer, WRITER))
+                assert not attached.is_owner_gone
             assert attached.is_owner_gone
             assert attached.region.buffer is not None
             attached.region.buffer[0] = 1  # harmless: the memory is still there

@@ -14,6 +14,7 @@ import msgspec
 from penstock.blocks import BlockId
 from penstock.errors import PenstockError
 from penstock.transport.api import Offer
+from penstock.transport.host_memory import new_region
 from penstock.transport.tcp import TcpPipe, TcpTransport
 
 
@@ -30,6 +31,10 @@ async def obey(command: str, pipe: TcpPipe, blocks: int) -> None:
             pipe.write(everything)
         case "flush":
             await pipe.flush()
+        case "read for ever":
+            while True:
+                pipe.read(everything)
+                await pipe.flush()
         case "stream":  # says nothing before it fails
             await stream(pipe, everything)
         case _:
@@ -40,11 +45,11 @@ async def main(offer_hex: str, token: str, writer: str) -> None:
     offer = msgspec.msgpack.decode(bytes.fromhex(offer_hex), type=Offer)
     async with (
         TcpTransport(token) as transport,
-        transport.export("p", 1, offer.layout, offer.blocks) as source,
+        new_region("p", 1, offer.layout, offer.blocks) as source,
     ):
-        assert source.region.buffer is not None
-        source.region.buffer[:] = b"\7" * len(source.region.buffer)
-        async with transport.connect(offer, source.region, writer) as pipe:
+        assert source.buffer is not None
+        source.buffer[:] = b"\7" * len(source.buffer)
+        async with transport.connect(offer, source, writer, "r", lambda: None) as pipe:
             print("connected", flush=True)
             while (command := sys.stdin.readline().strip()) not in ("leave", ""):  # its bytes move on another thread
                 try:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import auth, clock
-from penstock.blocks import BlockId, KvLayout
+from penstock.blocks import BlockId, KvLayout, Region
 from penstock.errors import (
     AddressInUse,
     ConnectionLost,
@@ -35,9 +35,10 @@ from penstock.errors import (
 )
 from penstock.transport import tcp_frames
 from penstock.transport.api import Exported
+from penstock.transport.host_memory import new_region
 from penstock.transport.tcp import Options, TcpPipe, TcpTransport, _Export
 from penstock.transport.tcp_backlog import Backlog, Run
-from penstock.transport.tcp_frames import CLOSE, DATA, DROPPED, GOODBYE, HEAD, OPEN, OPENED, RANGE, REPLY, Hello
+from penstock.transport.tcp_frames import CLOSE, DATA, DROPPED, FETCH, GOODBYE, HEAD, OPEN, OPENED, RANGE, REPLY, Hello
 from penstock.transport.tcp_owner import _Link
 from tests.support import errors_of_loop, run
 
@@ -46,14 +47,15 @@ WRITER = "p:1"
 LAYOUT = KvLayout(layers=4, kv_heads=2, head_dim=32, block_tokens=16, dtype="float32")
 BLOCKS = 1024  # 32 MiB
 EVERYTHING = [(BlockId(number), BlockId(number)) for number in range(BLOCKS)]
-QUICK = Options(connections=2, stalled_s=0.2, leave_s=0.5, dial_s=0.5, hello_s=0.2)
+QUICK = Options(connections=2, stalled_s=0.2, dial_s=0.5, hello_s=0.2)
 
 
 @asynccontextmanager
 async def exporting(options: Options = Options(), blocks: int = BLOCKS) -> AsyncIterator[_Export]:
     async with (
         TcpTransport(TOKEN, options) as transport,
-        transport.export("d", 1, LAYOUT, blocks) as exported,
+        new_region("d", 1, LAYOUT, blocks) as region,
+        transport.export(region) as exported,
     ):
         assert isinstance(exported, _Export)
         yield exported
@@ -62,24 +64,25 @@ async def exporting(options: Options = Options(), blocks: int = BLOCKS) -> Async
 class Writer:
     """A transport, and a region full of 7 to write from."""
 
-    def __init__(self, transport: TcpTransport, source: Exported) -> None:
+    def __init__(self, transport: TcpTransport, source: Region) -> None:
         self.transport = transport
         self.source = source
 
     @asynccontextmanager
-    async def pipe(self, exported: Exported, port: int | None = None) -> AsyncIterator[TcpPipe]:
+    async def pipe(self, exported: Exported, port: int | None = None, request: str = "r") -> AsyncIterator[TcpPipe]:
         """Dials another port if asked to."""
         offer = exported.offer
         if port is not None:
             offer = msgspec.structs.replace(offer, address=f"tcp:127.0.0.1:{port}")
-        async with self.transport.connect(offer, self.source.region, WRITER) as pipe:
+        async with self.transport.connect(offer, self.source, WRITER, request, lambda: None) as pipe:
             yield pipe
 
 
 @asynccontextmanager
 async def writing(options: Options = Options(), token: str = TOKEN, blocks: int = BLOCKS) -> AsyncIterator[Writer]:
-    async with TcpTransport(token, options) as transport, transport.export("p", 1, LAYOUT, blocks) as source:
-        buffer_of(source)[:] = b"\7" * len(buffer_of(source))
+    async with TcpTransport(token, options) as transport, new_region("p", 1, LAYOUT, blocks) as source:
+        assert source.buffer is not None
+        source.buffer[:] = b"\7" * len(source.buffer)
         yield Writer(transport, source)
 
 
@@ -127,6 +130,7 @@ class Network:
     def __init__(self) -> None:
         self.port = 0
         self.change: Callable[[bytearray], None] = lambda _: None  # what goes towards the owner
+        self.change_back: Callable[[bytearray], None] = lambda _: None  # what comes from there
         self.open = asyncio.Event()
         self.open.set()
         self.connections = 0
@@ -143,8 +147,8 @@ class Network:
         there_reader, there_writer = await asyncio.open_connection("127.0.0.1", target)
         self._writers += [writer, there_writer]
         self._tasks += [
-            asyncio.create_task(self._forward(reader, there_writer, True)),
-            asyncio.create_task(self._forward(there_reader, writer, False)),
+            asyncio.create_task(self._forward(reader, there_writer, lambda data: self.change(data))),
+            asyncio.create_task(self._forward(there_reader, writer, lambda data: self.change_back(data))),
         ]
 
     async def close(self) -> None:
@@ -153,12 +157,13 @@ class Network:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_changed: bool) -> None:
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: Callable[[bytearray], None]
+    ) -> None:
         try:
             while data := bytearray(await reader.read(1 << 16)):
                 await self.open.wait()
-                if is_changed:
-                    self.change(data)
+                change(data)
                 writer.write(data)
                 await writer.drain()
         except OSError:
@@ -217,13 +222,15 @@ def test_a_block_larger_than_a_frame_arrives_whole() -> None:
     async def story() -> None:
         async with (
             TcpTransport(TOKEN) as here,
-            here.export("d", 1, layout, 3) as exported,
-            here.export("p", 1, layout, 3) as source,
-            here.connect(exported.offer, source.region, WRITER) as pipe,
+            new_region("d", 1, layout, 3) as there,
+            new_region("p", 1, layout, 3) as source,
+            here.export(there) as exported,
+            here.connect(exported.offer, source, WRITER, "r", lambda: None) as pipe,
         ):
             size = layout.block_bytes
             pattern = b"".join(struct.pack("<I", number) for number in range(size // 4))
-            buffer_of(source)[size : 2 * size] = pattern
+            assert source.buffer is not None
+            source.buffer[size : 2 * size] = pattern
             pipe.write([(BlockId(1), BlockId(2))])
             await pipe.flush()
             assert buffer_of(exported)[2 * size :] == pattern
@@ -318,9 +325,9 @@ def test_a_block_that_does_not_exist_is_refused_before_it_is_sent() -> None:
 def test_a_region_without_host_memory_cannot_be_sent_from() -> None:
     async def story() -> None:
         async with exporting() as exported, writing() as writer:
-            hidden = replace(writer.source.region, buffer=None)
+            hidden = replace(writer.source, buffer=None)
             with pytest.raises(Refused, match="not in host memory"):
-                async with writer.transport.connect(exported.offer, hidden, WRITER):
+                async with writer.transport.connect(exported.offer, hidden, WRITER, "r", lambda: None):
                     pytest.fail("connected")
 
     run(story())
@@ -344,12 +351,12 @@ def test_a_killed_process_is_gone_and_writes_no_more() -> None:
         async with exporting() as exported, peer_of(exported) as peer:
             peer.tell("stream")
             await until(lambda: buffer_of(exported)[0] == 7)
-            waiting = asyncio.create_task(exported.wait_gone(WRITER))
+            waiting = asyncio.create_task(exported.fence(WRITER, "r"))
             peer.process.kill()
             await waiting
             buffer_of(exported)[:] = bytes(len(buffer_of(exported)))
             await peer.process.wait()
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             assert is_untouched(exported)
 
     run(story())
@@ -361,11 +368,7 @@ def test_a_stopped_process_can_be_taken_back_from_and_lives() -> None:
             peer.tell("stream")
             await until(lambda: buffer_of(exported)[0] == 7)
             peer.process.send_signal(signal.SIGSTOP)
-            waiting = asyncio.create_task(exported.wait_gone(WRITER))
-            await asyncio.wait((waiting,), timeout=0.05)
-            assert not waiting.done()
-            exported.kill(WRITER)
-            await waiting
+            await exported.fence(WRITER, "r")
             buffer_of(exported)[:] = bytes(len(buffer_of(exported)))
             peer.process.send_signal(signal.SIGCONT)
             assert await peer.read() == "ConnectionLost"
@@ -393,7 +396,7 @@ def test_bytes_that_the_kernel_holds_cannot_reach_memory_that_was_taken_back(end
                 exported.kill(WRITER)
             finally:
                 go_on.set()
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             assert is_untouched(exported)
             if end == signal.SIGSTOP:
                 peer.process.send_signal(signal.SIGCONT)
@@ -412,7 +415,7 @@ def test_who_was_taken_back_from_may_come_again() -> None:
         async with exporting() as exported, writing() as writer:
             async with writer.pipe(exported) as pipe:
                 exported.kill(WRITER)
-                await exported.wait_gone(WRITER)
+                await exported.fence(WRITER, "r")
                 pipe.write(EVERYTHING)
                 with pytest.raises(ConnectionLost, match="took its memory back"):
                     await pipe.flush()
@@ -423,7 +426,7 @@ def test_who_was_taken_back_from_may_come_again() -> None:
     run(story())
 
 
-def test_a_pipe_left_in_mid_transfer_ends_at_the_owner_first() -> None:
+def test_a_pipe_left_in_mid_transfer_is_fenced_off_and_its_neighbour_goes_on() -> None:
     async def story() -> None:
         async with (
             exporting() as exported,
@@ -431,10 +434,11 @@ def test_a_pipe_left_in_mid_transfer_ends_at_the_owner_first() -> None:
             writer.pipe(exported) as kept,
         ):
             for _ in range(5):
-                async with writer.pipe(exported) as pipe:
+                async with writer.pipe(exported, request="other") as pipe:
                     for _ in range(8):
                         pipe.write(EVERYTHING)
                     await until(lambda pipe=pipe: pipe.moved.size_bytes)
+                await exported.fence(WRITER, "other")
                 assert len(link_of(exported).sessions) == 1
                 buffer_of(exported)[:] = bytes(len(buffer_of(exported)))
                 kept.write(EVERYTHING[:1])
@@ -445,36 +449,28 @@ def test_a_pipe_left_in_mid_transfer_ends_at_the_owner_first() -> None:
     run(story())
 
 
-def test_leaving_waits_for_proof_when_the_network_broke() -> None:
-    async def story() -> None:
-        async with exporting() as exported, writing() as writer, network_to(exported) as network:
-            async with writer.pipe(exported, network.port) as pipe:
-                before = link_of(exported)
-                pipe.write(EVERYTHING)
-                await until(lambda: pipe.moved.size_bytes)
-                network.cut()
-                with pytest.raises(ConnectionLost):
-                    await pipe.flush()
-            assert before.sessions == {} and before._on_end is None
-            assert link_of(exported) is not before  # it was asked over another link
-
-    run(story())
-
-
-def test_leaving_says_so_when_there_is_no_proof() -> None:
+def test_what_a_broken_network_still_holds_is_fenced_off() -> None:
     async def story() -> None:
         async with exporting() as exported, writing(QUICK) as writer, network_to(exported) as network:
-            with pytest.raises(ConnectionLost, match=r"could not be reached for 0\.5 s to close a transfer"):
-                async with writer.pipe(exported, network.port) as pipe:
-                    pipe.write(EVERYTHING)
-                    network.open.clear()
-                    with pytest.raises(ConnectionLost, match=r"took and said nothing for 0\.2 s"):
-                        await pipe.flush()
+            async with writer.pipe(exported, network.port) as pipe:
+                pipe.write(EVERYTHING)
+                await until(lambda: pipe.moved.size_bytes)
+                network.open.clear()
+                with pytest.raises(ConnectionLost, match=r"took and said nothing for 0\.2 s"):
+                    await pipe.flush()
+            await exported.fence(WRITER, "r")
+            buffer_of(exported)[:] = bytes(len(buffer_of(exported)))
+            network.open.set()
+            async with writer.pipe(exported) as pipe:
+                pipe.write(EVERYTHING[:1])
+                await pipe.flush()
+            buffer_of(exported)[: LAYOUT.block_bytes] = bytes(LAYOUT.block_bytes)
+            assert is_untouched(exported)
 
     run(story())
 
 
-def test_an_owner_that_left_needs_no_proof() -> None:
+def test_an_owner_that_leaves_in_mid_transfer_is_lost() -> None:
     async def story() -> None:
         export = exporting()
         exported = await export.__aenter__()
@@ -502,7 +498,7 @@ def test_a_connect_cancelled_anywhere_leaves_no_writer() -> None:
                         await asyncio.sleep(0)
                     connecting.cancel()
                     await asyncio.wait((connecting,))
-                    await exported.wait_gone(WRITER)
+                    await exported.fence(WRITER, "r")
         assert errors == []
 
     run(story())
@@ -553,7 +549,7 @@ def test_a_slow_owner_is_not_given_up_on() -> None:
     run(story())
 
 
-def damage(network: Network, times: int) -> None:
+def damager(times: int) -> Callable[[bytearray], None]:
     """One bit of the payload, in so many of the next pieces."""
     left = times
 
@@ -564,7 +560,7 @@ def damage(network: Network, times: int) -> None:
             left -= 1
             data[at + 50] ^= 1
 
-    network.change = change
+    return change
 
 
 def test_what_was_damaged_is_sent_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -576,7 +572,7 @@ def test_what_was_damaged_is_sent_again(caplog: pytest.LogCaptureFixture) -> Non
             network_to(exported) as network,
             writer.pipe(exported, network.port) as pipe,
         ):
-            damage(network, times=1)
+            network.change = damager(times=1)
             pipe.write(EVERYTHING)
             await pipe.flush()
             assert buffer_of(exported) == b"\7" * len(buffer_of(exported))
@@ -595,7 +591,7 @@ def test_what_is_damaged_again_is_an_error() -> None:
             network_to(exported) as network,
             writer.pipe(exported, network.port) as pipe,
         ):
-            damage(network, times=1_000_000)
+            network.change = damager(times=1_000_000)
             pipe.write(EVERYTHING[:4])
             with pytest.raises(ConnectionLost, match="damaged on their way 2 times"):
                 await pipe.flush()
@@ -626,6 +622,102 @@ def test_a_damaged_head_writes_nowhere(caplog: pytest.LogCaptureFixture) -> None
     run(story())
 
 
+# Reading
+
+
+@pytest.mark.parametrize("times", [0, 1], ids=["undamaged", "damaged"])
+def test_all_that_was_asked_for_is_read(times: int) -> None:
+    async def story() -> None:
+        async with (
+            exporting() as exported,
+            writing(Options(has_checksums=True)) as writer,
+            network_to(exported) as network,
+            writer.pipe(exported, network.port) as pipe,
+        ):
+            theirs, own = buffer_of(exported), writer.source.buffer
+            assert own is not None
+            theirs[:] = (b"\7" * 4095 + b"\1") * (len(theirs) // 4096)
+            network.change_back = damager(times)
+            pipe.read(EVERYTHING)
+            await pipe.flush()
+            assert own == theirs
+            assert pipe.moved.size_bytes == len(own) and pipe.moved.blocks == 0
+
+    run(story())
+
+
+def test_reads_and_writes_of_pipes_go_side_by_side() -> None:
+    async def story() -> None:
+        half = BLOCKS // 2
+        async with (
+            exporting() as exported,
+            writing() as writer,
+            writer.pipe(exported, request="a") as one,
+            writer.pipe(exported, request="b") as two,
+        ):
+            theirs, own = buffer_of(exported), writer.source.buffer
+            assert own is not None
+            middle = half * LAYOUT.block_bytes
+            theirs[middle:] = b"\5" * (len(theirs) - middle)
+            for first in range(0, half, 64):
+                one.write(EVERYTHING[first : first + 64])
+                two.read(EVERYTHING[half + first : half + first + 64])
+            await one.flush()
+            await two.flush()
+            expected = b"\7" * middle + b"\5" * (len(theirs) - middle)
+            assert theirs == expected and own == expected
+
+    run(story())
+
+
+def test_nothing_is_stored_by_a_read_that_was_left() -> None:
+    async def story() -> None:
+        async with (
+            exporting() as exported,
+            writing() as writer,
+            writer.pipe(exported, request="kept") as kept,
+        ):
+            own = writer.source.buffer
+            assert own is not None
+            for _ in range(10):
+                async with writer.pipe(exported) as pipe:
+                    for _ in range(4):
+                        pipe.read(EVERYTHING)
+                    await until(lambda pipe=pipe: pipe.moved.size_bytes)
+                own[:] = b"\3" * len(own)
+                kept.read(EVERYTHING[:1])
+                await kept.flush()  # and with it the rest of the answers that were under way
+                assert own[LAYOUT.block_bytes :] == b"\3" * (len(own) - LAYOUT.block_bytes)
+
+    run(story())
+
+
+def test_a_read_that_is_fenced_off_is_told() -> None:
+    async def story() -> None:
+        async with exporting() as exported, writing() as writer, writer.pipe(exported) as pipe:
+            await exported.fence(WRITER, "r")
+            pipe.read(EVERYTHING)
+            with pytest.raises(ConnectionLost, match="took its memory back"):
+                await pipe.flush()
+
+    run(story())
+
+
+@pytest.mark.parametrize("end", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_reader_that_does_not_read_holds_up_nobody(end: signal.Signals) -> None:
+    async def story() -> None:
+        async with exporting() as exported, peer_of(exported) as peer, writing() as writer:
+            peer.tell("read for ever")
+            await until(lambda: WRITER in exported._receiver._links and link_of(exported).lanes)
+            peer.process.send_signal(end)
+            async with writer.transport.connect(exported.offer, writer.source, "q:1", "r", lambda: None) as pipe:
+                pipe.write(EVERYTHING)
+                await pipe.flush()
+            await exported.fence(WRITER, "r")
+
+    run(story())
+
+
 # Who is let in, and what is taken from them
 
 
@@ -642,9 +734,9 @@ def test_a_wrong_token_is_refused(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_strangers_are_only_let_in_with_a_token() -> None:
     async def story() -> None:
-        async with TcpTransport("", Options(host="192.0.2.1")) as transport:
+        async with TcpTransport("", Options(host="192.0.2.1")) as transport, new_region("d", 1, LAYOUT, 1) as region:
             with pytest.raises(UnsafeBind, match="PENSTOCK_TOKEN"):
-                async with transport.export("d", 1, LAYOUT, 1):
+                async with transport.export(region):
                     pytest.fail("exported")
 
     run(story())
@@ -698,7 +790,7 @@ def test_there_are_no_more_peers_and_connections_than_allowed() -> None:
             await until(lambda: not exported._receiver._links)
             async with writing(Options(connections=2)) as writer, writer.pipe(exported):
                 with pytest.raises(Refused, match="1 writers connected, its limit"):
-                    async with writer.transport.connect(exported.offer, writer.source.region, "q:1"):
+                    async with writer.transport.connect(exported.offer, writer.source, "q:1", "r", lambda: None):
                         pytest.fail("connected")
 
     run(story())
@@ -754,6 +846,8 @@ BAD = {
     "many ranges": (HEAD.pack(DATA, 1, 1, 100_000), "has 100000 ranges"),
     "long frame": (HEAD.pack(DATA, 1, 1, 1) + RANGE.pack(0, SIZE), "bytes; the limit"),
     "unknown kind": (HEAD.pack(77, 1, 1, 0), "no frames of kind 77"),
+    "fetched beyond the end": (HEAD.pack(FETCH, 1, 1, 1) + RANGE.pack(SIZE - 1, 2), "not in a region of"),
+    "fetched in one": (HEAD.pack(FETCH, 1, 1, 1) + RANGE.pack(0, SIZE), "bytes; the limit"),
     "opened twice": (HEAD.pack(OPEN, 1, 0, 0), "opened twice"),
 }
 
@@ -765,7 +859,7 @@ def test_a_bad_peer_is_cut_with_a_reason_and_writes_nothing(name: str, caplog: p
         async with exporting() as exported, raw_peer(exported) as peer:
             await peer.send(frame + b"\7" * 1000)
             assert complaint in await peer.read_reason()
-            await exported.wait_gone(WRITER)
+            await exported.fence(WRITER, "r")
             assert is_untouched(exported)
 
     run(story())
@@ -824,7 +918,7 @@ def test_another_incarnation_at_the_same_address_is_stale() -> None:
         async with exporting() as exported, writing() as writer:
             offer = msgspec.structs.replace(exported.offer, epoch=2)
             with pytest.raises(StaleEpoch, match="in epoch 2, here is d in epoch 1"):
-                async with writer.transport.connect(offer, writer.source.region, WRITER):
+                async with writer.transport.connect(offer, writer.source, WRITER, "r", lambda: None):
                     pytest.fail("connected to another incarnation")
 
     run(story())
