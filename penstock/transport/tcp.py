@@ -16,7 +16,6 @@ it. Both sides prove that they know the token. What follows is not encrypted: fo
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -25,11 +24,11 @@ from typing import Self
 import msgspec
 
 from penstock.blocks import BlockId, Region
-from penstock.errors import KvError, Refused, SetupError, UnsafeBind
+from penstock.errors import KvError, Refused
 from penstock.policy.latency.transfers import over
 from penstock.transport.api import Attached, Exported, Limits, Moved, Offer
 from penstock.transport.io_thread import IoThread
-from penstock.transport.tcp_frames import is_loopback
+from penstock.transport.sockets import check_host
 from penstock.transport.tcp_options import Options
 from penstock.transport.tcp_owner import Receiver
 from penstock.transport.tcp_writer import Peer, Sending
@@ -68,7 +67,7 @@ class TcpTransport:
     @asynccontextmanager
     async def export(self, region: Region) -> AsyncIterator[Exported]:
         """See `transport.api.Transport`. Raises SetupError for want of an address to listen at."""
-        _check_host(self._options.host, self._token)
+        check_host(self._options.host, self._token)
         if region.buffer is None:
             raise Refused(f"the blocks of {region.owner} are not in host memory, so {NAME} cannot offer them")
         offer = Offer(NAME, *region.key, "", region.layout, region.blocks)
@@ -185,20 +184,6 @@ def _on_loop(on_moved: Callable[[], None]) -> Callable[[], None]:
             loop.call_soon_threadsafe(call)
 
     return ask
-
-
-def _check_host(host: str, token: str) -> None:
-    """Raises UnsafeBind if strangers could write KV, SetupError for an address that means none in particular."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        is_local = host == "localhost"
-    else:
-        is_local = is_loopback(host)
-        if address.is_unspecified:
-            raise SetupError(f"peers cannot dial {host}: offer KV at the address by which they reach this host")
-    if not is_local and not token:
-        raise UnsafeBind(f"KV at {host} could be written by anybody: set PENSTOCK_TOKEN, or offer it at 127.0.0.1")
 
 
 TRANSPORT = TcpTransport

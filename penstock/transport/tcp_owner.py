@@ -12,7 +12,6 @@ is mapped, a region reached this way can be taken back from a writer that is fro
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections import deque
@@ -21,9 +20,10 @@ from contextlib import AsyncExitStack
 from itertools import islice
 
 from penstock import auth
-from penstock.errors import AddressInUse, PenstockError, Refused, SetupError, StaleEpoch, WireError, to_wire
+from penstock.errors import PenstockError, Refused, StaleEpoch, WireError, to_wire
 from penstock.transport.api import Offer
 from penstock.transport.offers import check
+from penstock.transport.sockets import listening
 from penstock.transport.tcp_frames import (
     CLOSE,
     CLOSED,
@@ -49,7 +49,6 @@ from penstock.transport.tcp_frames import (
     advance,
     answer_hello,
     digest,
-    new_socket,
     read_hello,
     wasted,
 )
@@ -57,7 +56,6 @@ from penstock.transport.tcp_options import Options
 
 log = logging.getLogger(__name__)
 
-LISTEN_BACKLOG = 1024
 DRAIN_BYTES = 1 << 20  # read at a time of what nobody wants
 LINGER_S = 1.0  # for a peer to read why it was cut
 
@@ -81,7 +79,7 @@ class Receiver:
 
     async def open(self) -> str:
         """Listens, and returns the address. Raises AddressInUse or SetupError."""
-        listener = self._stack.enter_context(await _listening(self._options.host, self._options.port))
+        listener = self._stack.enter_context(await listening(self._options.host, self._options.port))
         await self._stack.enter_async_context(auth.admitting(listener, self._token, PURPOSE, self._serve))
         host, port = listener.getsockname()[:2]
         return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
@@ -403,23 +401,3 @@ class _Lane:
             asyncio.get_running_loop().add_writer(self._sock, self._push)
         else:
             asyncio.get_running_loop().remove_writer(self._sock)
-
-
-async def _listening(host: str, port: int) -> socket.socket:
-    """Raises AddressInUse or SetupError."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise SetupError(f"cannot offer KV at {host}: no host of that name ({error.strerror})") from error
-    family, _, _, _, where = found[0]
-    listener = new_socket(family)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(LISTEN_BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{host}:{port} is in use: choose another port for KV, or 0 for a free one") from error
-        raise SetupError(f"cannot offer KV at {host}:{port}: {error.strerror or error}") from error
-    return listener

@@ -26,6 +26,7 @@ from penstock import auth, clock
 from penstock.blocks import BlockId
 from penstock.errors import ConnectionLost, PenstockError
 from penstock.transport.api import Moved, Offer
+from penstock.transport.sockets import dial, is_loopback
 from penstock.transport.tcp_backlog import Backlog, Run
 from penstock.transport.tcp_frames import (
     CLOSE,
@@ -45,10 +46,8 @@ from penstock.transport.tcp_frames import (
     REPLY,
     Hello,
     advance,
-    dial,
     digest,
     frame_head,
-    is_loopback,
     say_hello,
     wasted,
 )

@@ -153,7 +153,7 @@ WRITING = {
     "fenced-fabric-virtual": (partial(fabric, is_fenced=True), run_virtual),
 }
 PLACES = IN_PLACE | WRITING
-NO_BACKENDS = {"api", "offers", "host_memory", "io_thread"}
+NO_BACKENDS = {"api", "offers", "host_memory", "io_thread", "sockets"}
 
 
 def test_every_backend_is_here() -> None:

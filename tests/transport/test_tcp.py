@@ -33,7 +33,7 @@ from penstock.errors import (
     StaleEpoch,
     UnsafeBind,
 )
-from penstock.transport import tcp_frames
+from penstock.transport import sockets, tcp_frames
 from penstock.transport.api import Exported
 from penstock.transport.host_memory import new_region
 from penstock.transport.tcp import Options, TcpPipe, TcpTransport, _Export
@@ -826,7 +826,7 @@ class RawPeer:
 @asynccontextmanager
 async def raw_peer(exported: Exported) -> AsyncIterator[RawPeer]:
     """With session 1 open."""
-    with await tcp_frames.dial(exported.offer.address) as sock:
+    with await sockets.dial(exported.offer.address) as sock:
         await auth.join(sock, TOKEN, tcp_frames.PURPOSE, "d")
         await tcp_frames.say_hello(sock, Hello(exported.offer, WRITER, clock.nonce(16), has_checksums=False))
         peer = RawPeer(sock)
@@ -904,7 +904,7 @@ def test_a_peer_that_reads_no_answers_is_cut(caplog: pytest.LogCaptureFixture) -
 def test_a_first_message_that_is_none_is_turned_away(message: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         async with exporting() as exported:
-            with await tcp_frames.dial(exported.offer.address) as sock:
+            with await sockets.dial(exported.offer.address) as sock:
                 await auth.join(sock, TOKEN, tcp_frames.PURPOSE, "d")
                 await asyncio.get_running_loop().sock_sendall(sock, message)
                 assert await asyncio.get_running_loop().sock_recv(sock, 100) == b""
