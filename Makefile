@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test test-nixl lint bench clean
 
 serve: .venv/.serve  ## make serve ARGS="--port 9000"
 	@exec $(BIN)/penstock serve $(ARGS)
 
 test: .venv/.dev  ## make test ARGS="-k discovery"
 	$(BIN)/pytest $(ARGS)
+
+test-nixl: .venv-nixl/.made  ## the tests of the nixl transport, in an environment of its own
+	.venv-nixl/bin/python -W ignore -m pytest tests/transport/test_nixl.py tests/conformance/test_transport.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -20,7 +23,7 @@ bench: .venv/.dev  ## make bench ARGS="--quick"
 	@set -e; for script in $$(grep -l '__main__' bench/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-nixl .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two stamps, renewed when what is to be installed changes: to serve, and to work on penstock.
@@ -32,4 +35,12 @@ clean:
 
 .venv/.dev: .venv/.serve
 	@$(PIP) --editable '.[torch,dev]'
+	@touch $@
+
+# NIXL's packages depend on CUDA's, which a host without GPUs does without. Everything else is .venv's.
+.venv-nixl/.made: .venv/.dev
+	@$(PYTHON) -m venv .venv-nixl
+	@.venv-nixl/bin/pip install --disable-pip-version-check --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+	@$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> "$$(.venv-nixl/bin/python -c 'import site; print(site.getsitepackages()[0])')/penstock.pth"
 	@touch $@

@@ -70,3 +70,19 @@ async def _cancel_others() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def on_loop(on_moved: Callable[[], None]) -> Callable[[], None]:
+    """To be called on the I/O thread: calls `on_moved` on this loop, once for all calls that it has not yet seen."""
+    loop, is_due = asyncio.get_running_loop(), threading.Event()
+
+    def call() -> None:
+        is_due.clear()
+        on_moved()
+
+    def ask() -> None:
+        if not is_due.is_set():
+            is_due.set()
+            loop.call_soon_threadsafe(call)
+
+    return ask

@@ -15,8 +15,6 @@ it. Both sides prove that they know the token. What follows is not encrypted: fo
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Self
@@ -27,7 +25,7 @@ from penstock.blocks import BlockId, Region
 from penstock.errors import KvError, Refused
 from penstock.policy.latency.transfers import over
 from penstock.transport.api import Attached, Exported, Limits, Moved, Offer
-from penstock.transport.io_thread import IoThread
+from penstock.transport.io_thread import IoThread, on_loop
 from penstock.transport.sockets import check_host
 from penstock.transport.tcp_options import Options
 from penstock.transport.tcp_owner import Receiver
@@ -90,7 +88,7 @@ class TcpTransport:
         if source.buffer is None:
             raise Refused(f"the blocks of {source.owner} are not in host memory, so {NAME} cannot send them")
         with self._using(offer, writer) as peer:
-            sending = Sending(peer, source.buffer, request, _on_loop(on_moved))
+            sending = Sending(peer, source.buffer, request, on_loop(on_moved))
             try:
                 await self._io.run(sending.open())
                 if source.layout != offer.layout:
@@ -168,22 +166,6 @@ class TcpPipe:
                     f"{self._offer.blocks} of {self._offer.owner}"
                 )
         return pairs
-
-
-def _on_loop(on_moved: Callable[[], None]) -> Callable[[], None]:
-    """To be called on the I/O thread: calls `on_moved` on this loop, once for all calls that it has not yet seen."""
-    loop, is_due = asyncio.get_running_loop(), threading.Event()
-
-    def call() -> None:
-        is_due.clear()
-        on_moved()
-
-    def ask() -> None:
-        if not is_due.is_set():
-            is_due.set()
-            loop.call_soon_threadsafe(call)
-
-    return ask
 
 
 TRANSPORT = TcpTransport

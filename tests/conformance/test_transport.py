@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from penstock.topology.build import PRESETS, build
 from penstock.transport.api import Exported, Offer, Pipe, Transport
 from penstock.transport.host_memory import new_region
 from penstock.transport.memory import MemoryHub, MemoryTransport
+from penstock.transport.nixl import NixlTransport
 from penstock.transport.shm import ShmTransport
 from penstock.transport.tcp import TcpTransport
 from tests.support import run
@@ -130,6 +132,10 @@ def tcp() -> tuple[Transport, Transport]:
     return TcpTransport("token"), TcpTransport("token")
 
 
+def nixl() -> tuple[Transport, Transport]:
+    return NixlTransport("token"), NixlTransport("token")
+
+
 def fabric(is_fenced: bool = False) -> tuple[Transport, Transport]:
     """The simulated network; its workers need places in a host."""
     links = Network()
@@ -152,6 +158,8 @@ WRITING = {
     "fabric-virtual": (fabric, run_virtual),
     "fenced-fabric-virtual": (partial(fabric, is_fenced=True), run_virtual),
 }
+if find_spec("nixl") is not None:  # `make test-nixl` installs it
+    WRITING["nixl"] = (nixl, run)
 PLACES = IN_PLACE | WRITING
 NO_BACKENDS = {"api", "offers", "host_memory", "io_thread", "sockets"}
 
@@ -159,7 +167,7 @@ NO_BACKENDS = {"api", "offers", "host_memory", "io_thread", "sockets"}
 def test_every_backend_is_here() -> None:
     modules = {path.stem for path in Path(transport.__file__).parent.glob("[a-z]*.py")}
     backends = {module for module in modules - NO_BACKENDS if not module.startswith("tcp_")}
-    assert backends == {"memory", "shm", "tcp"}
+    assert backends == {"memory", "nixl", "shm", "tcp"}
 
 
 def place_of(name: str) -> Place:
@@ -184,6 +192,12 @@ def fenced(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture(params=IN_PLACE)
 def shared(request: pytest.FixtureRequest) -> Place:
+    return place_of(request.param)
+
+
+@pytest.fixture(params=[name for name in WRITING if name != "nixl"])
+def revocable(request: pytest.FixtureRequest) -> Place:
+    """Whose writers can be taken back from without the end of their process, which is this one."""
     return place_of(request.param)
 
 
@@ -486,9 +500,9 @@ def test_a_pipe_that_was_left_writes_no_more(remote: Place) -> None:
     remote.run(story())
 
 
-def test_a_writer_whose_pipe_was_taken_back_is_told_and_writes_no_more(remote: Place) -> None:
+def test_a_writer_whose_pipe_was_taken_back_is_told_and_writes_no_more(revocable: Place) -> None:
     async def story() -> None:
-        async with exporting(remote.here, "d", 1) as exported, remote.piped(exported.offer) as (pipe, _):
+        async with exporting(revocable.here, "d", 1) as exported, revocable.piped(exported.offer) as (pipe, _):
             exported.kill(WRITER)
             await exported.fence(WRITER, "r")
             pipe.write(pairs((0, 0)))
@@ -496,7 +510,7 @@ def test_a_writer_whose_pipe_was_taken_back_is_told_and_writes_no_more(remote: P
                 await pipe.flush()
             assert found(buffer_of(exported.region)) == filled()
 
-    remote.run(story())
+    revocable.run(story())
 
 
 def test_what_was_moved_is_counted_and_told(remote: Place) -> None:

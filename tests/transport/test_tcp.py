@@ -8,7 +8,6 @@ import gc
 import signal
 import socket
 import struct
-import sys
 import termios
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -41,9 +40,8 @@ from penstock.transport.tcp_backlog import Backlog, Run
 from penstock.transport.tcp_frames import CLOSE, DATA, DROPPED, FETCH, GOODBYE, HEAD, OPEN, OPENED, RANGE, REPLY, Hello
 from penstock.transport.tcp_owner import _Link
 from tests.support import errors_of_loop, run
+from tests.transport.peers import TOKEN, WRITER, peer_of
 
-TOKEN = "token"
-WRITER = "p:1"
 LAYOUT = KvLayout(layers=4, kv_heads=2, head_dim=32, block_tokens=16, dtype="float32")
 BLOCKS = 1024  # 32 MiB
 EVERYTHING = [(BlockId(number), BlockId(number)) for number in range(BLOCKS)]
@@ -84,44 +82,6 @@ async def writing(options: Options = Options(), token: str = TOKEN, blocks: int 
         assert source.buffer is not None
         source.buffer[:] = b"\7" * len(source.buffer)
         yield Writer(transport, source)
-
-
-class PeerProcess:
-    """tests.transport.tcp_peer, and how to tell it what to do."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-
-    def tell(self, command: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(command.encode() + b"\n")
-
-    async def ask(self, command: str) -> str:
-        self.tell(command)
-        return await self.read()
-
-    async def read(self) -> str:
-        assert self.process.stdout is not None
-        return (await self.process.stdout.readline()).decode().strip()
-
-
-@asynccontextmanager
-async def peer_of(exported: Exported, writer: str = WRITER) -> AsyncIterator[PeerProcess]:
-    """A child process that has connected; killed at the end."""
-    offer = msgspec.msgpack.encode(exported.offer).hex()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.transport.tcp_peer", offer, TOKEN, writer),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        peer = PeerProcess(process)
-        assert await peer.read() == "connected"
-        yield peer
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
 
 
 class Network:
