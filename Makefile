@@ -12,7 +12,7 @@ test: .venv/.dev  ## make test ARGS="-k discovery"
 	$(BIN)/pytest $(ARGS)
 
 test-nixl: .venv-nixl/.made  ## the tests of the nixl transport, in an environment of its own
-	.venv-nixl/bin/python -W ignore -m pytest tests/transport/test_nixl.py tests/conformance/test_transport.py
+	.venv-nixl/bin/python -W ignore -m pytest tests/transport/test_nixl.py tests/conformance/test_transport.py tests/processes/test_two_hosts.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -36,8 +36,9 @@ from report import Row, emit
 from xxhash import xxh3_64_intdigest
 
 from penstock.blocks import BlockId, KvLayout, Region
-from penstock.transport.api import Offer
+from penstock.transport.api import Offer, Transport
 from penstock.transport.host_memory import new_region
+from penstock.transport.nixl import NixlTransport
 from penstock.transport.shm import ShmTransport
 from penstock.transport.tcp import Options, TcpTransport
 
@@ -128,10 +129,10 @@ def compared(plan: Sequence[Case], seconds: Mapping[str, Mapping[str, float]]) -
         for name, value in values.items():
             if name != "memcpy":
                 yield Row(f"{case.name}: {name}", value, unit, "memcpy", values["memcpy"])
-        for rival in ("NIXL over tcp", "Mooncake"):
-            if rival in values:
-                aim = None if case is SMALL else 1.0
-                yield Row(f"{case.name}: tcp", values["tcp"], unit, rival, values[rival], aim, more_is_better)
+        for ours, rival in (("tcp", "NIXL over tcp"), ("tcp", "Mooncake"), ("nixl", "NIXL over CMA")):
+            if ours in values and rival in values:
+                aim = 1.0 if ours == "tcp" and case is not SMALL else None
+                yield Row(f"{case.name}: {ours}", values[ours], unit, rival, values[rival], aim, more_is_better)
 
 
 def value_of(case: Case, seconds: float) -> float:
@@ -221,9 +222,9 @@ def answer(connection: Connection, memory: Bytes | memoryview) -> bool:
 # penstock
 
 
-async def serve_penstock(transport: ShmTransport | TcpTransport, connection: Connection, size_bytes: int) -> None:
+async def serve_penstock(transport: Transport, connection: Connection, size_bytes: int) -> None:
     async with AsyncExitStack() as stack:
-        if isinstance(transport, TcpTransport):
+        if isinstance(transport, AbstractAsyncContextManager):
             await stack.enter_async_context(transport)
         regions = [
             await stack.enter_async_context(new_region("d", 1, layout, size_bytes // layout.block_bytes))
@@ -248,18 +249,23 @@ def serve_tcp(connection: Connection, size_bytes: int) -> None:
     asyncio.run(serve_penstock(TcpTransport(TOKEN), connection, size_bytes))
 
 
+def serve_own_nixl(connection: Connection, size_bytes: int) -> None:
+    asyncio.run(serve_penstock(NixlTransport(TOKEN), connection, size_bytes))
+
+
 def serve_shm(connection: Connection, size_bytes: int) -> None:
     asyncio.run(serve_penstock(ShmTransport(TOKEN), connection, size_bytes))
 
 
 @contextmanager
-def reaching_tcp(offers: Sequence[Offer], source: Bytes, options: Options = Options()) -> Iterator[Prepare]:
+def reaching(offers: Sequence[Offer], source: Bytes, new: Callable[[], Any]) -> Iterator[Prepare]:
+    """Over a transport of penstock's."""
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         loop, pipes = runner.get_loop(), {}
 
         async def connect() -> None:
-            transport = await stack.enter_async_context(TcpTransport(TOKEN, options))
+            transport = await stack.enter_async_context(new())
             for number, offer in enumerate(offers):
                 own = Region("p", 1, offer.layout, offer.blocks, memoryview(source))
                 writer = f"p:{number}"
@@ -380,12 +386,19 @@ def reaching_mooncake(reach: tuple[int, int], source: Bytes) -> Iterator[Prepare
     yield prepare
 
 
+QUIET = {"NIXL_LOG_LEVEL": "WARN"}
 WAYS = {
-    "tcp": Way(serve_tcp, reaching_tcp),
-    "tcp with checksums": Way(serve_tcp, partial(reaching_tcp, options=Options(has_checksums=True))),
+    "tcp": Way(serve_tcp, partial(reaching, new=lambda: TcpTransport(TOKEN))),
+    "tcp with checksums": Way(
+        serve_tcp, partial(reaching, new=lambda: TcpTransport(TOKEN, Options(has_checksums=True)))
+    ),
     "shm": Way(serve_shm, reaching_shm),
-    "NIXL over tcp": Way(serve_nixl, reaching_nixl, "nixl", {"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "WARN"}),
-    "NIXL over CMA": Way(serve_nixl, reaching_nixl, "nixl", {"NIXL_LOG_LEVEL": "WARN"}),
+    "nixl": Way(serve_own_nixl, partial(reaching, new=lambda: NixlTransport(TOKEN)), "nixl", QUIET),
+    "nixl over tcp": Way(
+        *(serve_own_nixl, partial(reaching, new=lambda: NixlTransport(TOKEN)), "nixl"), {"UCX_TLS": "tcp", **QUIET}
+    ),
+    "NIXL over tcp": Way(serve_nixl, reaching_nixl, "nixl", {"UCX_TLS": "tcp", **QUIET}),
+    "NIXL over CMA": Way(serve_nixl, reaching_nixl, "nixl", QUIET),
     "Mooncake": Way(serve_mooncake, reaching_mooncake, "mooncake", {"GLOG_minloglevel": "2"}),
 }
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -75,17 +76,33 @@ async def other_host() -> AsyncIterator[tuple[str, Link]]:
         ip("netns", "del", namespace)
 
 
+TRANSPORTS = ["tcp", pytest.param("nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="make test-nixl"))]
+
+
 @asynccontextmanager
-async def two_hosts(*arguments: str) -> AsyncIterator[tuple[Server, asyncio.subprocess.Process, Link]]:
+async def two_hosts(
+    *arguments: str, transport: str = "tcp"
+) -> AsyncIterator[tuple[Server, asyncio.subprocess.Process, Link]]:
     """A server with a decode worker here, and a prefill worker there, which a router must use."""
-    server_arguments = ("--prefill=0", "--decode=1", f"--join-host={HERE}", "--policy=p_token", *arguments)
+    ways = ("--transport=shm", f"--transport={transport}")
+    server_arguments = ("--prefill=0", "--decode=1", f"--join-host={HERE}", "--policy=p_token", *ways, *arguments)
     async with (
         other_host() as (namespace, link),
         serving(*server_arguments, environment={"PENSTOCK_TOKEN": TOKEN}) as server,
     ):
         command = [sys.executable, "-m", "penstock", "worker", "--name=far", "--role=prefill", "--engine=simulated"]
         far = await asyncio.create_subprocess_exec(
-            *("ip", "netns", "exec", namespace, *command, f"--join={server.join}", *server.engine_flags, *arguments),
+            *(
+                "ip",
+                "netns",
+                "exec",
+                namespace,
+                *command,
+                f"--join={server.join}",
+                *server.engine_flags,
+                *ways,
+                *arguments,
+            ),
             env={**os.environ, "PENSTOCK_TOKEN": TOKEN},
         )
         try:
@@ -108,19 +125,21 @@ async def check(server: Server, seed: int, tokens: int = 600) -> dict[str, objec
     return timeline(answer)
 
 
-def test_kv_crosses_to_the_other_host_over_tcp() -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_kv_crosses_to_the_other_host(transport: str) -> None:
     async def story() -> None:
-        async with two_hosts() as (server, _, _):
+        async with two_hosts(transport=transport) as (server, _, _):
             for seed in range(3):
                 found = await check(server, seed)
-                assert (found["prefill_worker"], found["path"], found["transport"]) == ("far", "streamed", "tcp")
+                assert (found["prefill_worker"], found["path"], found["transport"]) == ("far", "streamed", transport)
 
     run(story(), timeout_s=60)
 
 
-def test_delay_and_loss_cost_time_alone() -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_delay_and_loss_cost_time_alone(transport: str) -> None:
     async def story() -> None:
-        async with two_hosts() as (server, _, link):
+        async with two_hosts(transport=transport) as (server, _, link):
             await link.set("delay_s", 0.01)
             await link.set("loss", 0.03)
             timelines = await asyncio.gather(*(check(server, seed) for seed in range(4)))
@@ -129,9 +148,10 @@ def test_delay_and_loss_cost_time_alone() -> None:
     run(story(), timeout_s=60)
 
 
-def test_a_link_that_goes_down_in_mid_transfer_and_comes_back() -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_link_that_goes_down_in_mid_transfer_and_comes_back(transport: str) -> None:
     async def story() -> None:
-        async with two_hosts() as (server, _, link):
+        async with two_hosts(transport=transport) as (server, _, link):
             asking = asyncio.create_task(check(server, 1, tokens=1_500))
             await until(lambda: leased(server))
             await link.set("up", 0)
