@@ -37,6 +37,7 @@ from xxhash import xxh3_64_intdigest
 
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.transport.api import Offer
+from penstock.transport.host_memory import new_region
 from penstock.transport.shm import ShmTransport
 from penstock.transport.tcp import Options, TcpTransport
 
@@ -225,13 +226,14 @@ async def serve_penstock(transport: ShmTransport | TcpTransport, connection: Con
         if isinstance(transport, TcpTransport):
             await stack.enter_async_context(transport)
         regions = [
-            await stack.enter_async_context(transport.export("d", 1, layout, size_bytes // layout.block_bytes))
+            await stack.enter_async_context(new_region("d", 1, layout, size_bytes // layout.block_bytes))
             for layout in (LAYOUT, SMALL_LAYOUT)
         ]
-        connection.send([exported.offer for exported in regions])
+        exports = [await stack.enter_async_context(transport.export(region)) for region in regions]
+        connection.send([exported.offer for exported in exports])
         asked = asyncio.Event()
         asyncio.get_running_loop().add_reader(connection.fileno(), asked.set)
-        memory = regions[0].region.buffer
+        memory = regions[0].buffer
         assert memory is not None
         while True:
             await asked.wait()
@@ -261,7 +263,9 @@ def reaching_tcp(offers: Sequence[Offer], source: Bytes, options: Options = Opti
             for number, offer in enumerate(offers):
                 own = Region("p", 1, offer.layout, offer.blocks, memoryview(source))
                 writer = f"p:{number}"
-                pipes[offer.layout] = await stack.enter_async_context(transport.connect(offer, own, writer))
+                pipes[offer.layout] = await stack.enter_async_context(
+                    transport.connect(offer, own, writer, "bench", lambda: None)
+                )
 
         def prepare(case: Case) -> Move:
             pipe, pairs = pipes[case.layout], case.pairs
@@ -281,12 +285,12 @@ def reaching_tcp(offers: Sequence[Offer], source: Bytes, options: Options = Opti
 
 @contextmanager
 def reaching_shm(offers: Sequence[Offer], source: Bytes) -> Iterator[Prepare]:
-    with asyncio.Runner() as runner:
-        attaching = ShmTransport(TOKEN).attach(offers[0], "p:1")
-        attached = runner.run(attaching.__aenter__())  # type: ignore[arg-type]
-        assert attached.region.buffer is not None
-        target = np.frombuffer(attached.region.buffer, np.uint8)
-        yield lambda case: partial(copy, case.ranges, source, target)
+    attaching = ShmTransport(TOKEN).attach(offers[0], "p:1")
+    loop = asyncio.new_event_loop()  # not closed: this process ends with the mapping in use
+    attached = loop.run_until_complete(attaching.__aenter__())
+    assert attached.region.buffer is not None
+    target = np.frombuffer(attached.region.buffer, np.uint8)
+    yield lambda case: partial(copy, case.ranges, source, target)
 
 
 # NIXL
