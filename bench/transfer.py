@@ -4,6 +4,8 @@ Bytes are written into the other process and are in place there when the clock s
 and as blocks of 32 KiB of which no two are neighbours on both sides, and a single block of 4 KiB. The best of several
 rounds counts, after one that is not counted. Every byte is checked by the process that it was written to.
 
+What is read instead is checked in the same way: both sides must have the same bytes at the end.
+
 Each way is measured by two processes of its own, one way after the other. Over shared memory penstock copies nothing;
 what is measured is a copy into the mapping. NIXL and Mooncake are measured where they are installed beside penstock:
 `nixl` and `nixl-cu12` (with --no-deps; they need numpy and torch), `mooncake-transfer-engine-non-cuda` (and the
@@ -235,6 +237,7 @@ async def serve_penstock(transport: ShmTransport | TcpTransport, connection: Con
         asyncio.get_running_loop().add_reader(connection.fileno(), asked.set)
         memory = regions[0].buffer
         assert memory is not None
+        memory[:] = memoryview(noise(size_bytes))  # for those who read
         while True:
             await asked.wait()
             asked.clear()
@@ -253,7 +256,10 @@ def serve_shm(connection: Connection, size_bytes: int) -> None:
 
 
 @contextmanager
-def reaching_tcp(offers: Sequence[Offer], source: Bytes, options: Options = Options()) -> Iterator[Prepare]:
+def reaching_tcp(
+    offers: Sequence[Offer], source: Bytes, options: Options = Options(), is_read: bool = False
+) -> Iterator[Prepare]:
+    """Moves blocks there or, with `is_read`, from there."""
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         loop, pipes = runner.get_loop(), {}
@@ -269,9 +275,11 @@ def reaching_tcp(offers: Sequence[Offer], source: Bytes, options: Options = Opti
 
         def prepare(case: Case) -> Move:
             pipe, pairs = pipes[case.layout], case.pairs
+            if is_read:
+                source[:] = 0
 
             async def move() -> None:
-                pipe.write(pairs)
+                (pipe.read if is_read else pipe.write)(pairs)
                 await pipe.flush()
 
             return lambda: loop.run_until_complete(move())
@@ -383,6 +391,7 @@ def reaching_mooncake(reach: tuple[int, int], source: Bytes) -> Iterator[Prepare
 WAYS = {
     "tcp": Way(serve_tcp, reaching_tcp),
     "tcp with checksums": Way(serve_tcp, partial(reaching_tcp, options=Options(has_checksums=True))),
+    "tcp, reading": Way(serve_tcp, partial(reaching_tcp, is_read=True)),
     "shm": Way(serve_shm, reaching_shm),
     "NIXL over tcp": Way(serve_nixl, reaching_nixl, "nixl", {"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "WARN"}),
     "NIXL over CMA": Way(serve_nixl, reaching_nixl, "nixl", {"NIXL_LOG_LEVEL": "WARN"}),

@@ -96,18 +96,24 @@ class Inlet:
 
 
 class Outlet:
-    """Sends what `load` gives, which is asked again when that is sent, until it gives nothing.
+    """Sends what `load` gives, and when that is sent asks it again as long as there `is_more`. It may have nothing.
 
     `on_lost` is told of the end of the connection with `peer`.
     """
 
     def __init__(
-        self, sock: socket.socket, peer: str, load: Callable[[], Sequence[memoryview]], on_lost: OnLost
+        self,
+        sock: socket.socket,
+        peer: str,
+        load: Callable[[], Sequence[memoryview]],
+        is_more: Callable[[], bool],
+        on_lost: OnLost,
     ) -> None:
         self.sent_bytes = 0
         self._sock = sock
         self._peer = peer
         self._load = load
+        self._is_more = is_more
         self._on_lost = on_lost
         self._pieces: deque[memoryview] = deque()
         self._is_waiting = False  # for room in the kernel
@@ -139,19 +145,22 @@ class Outlet:
         """The loop calls again when the kernel has room, until there is nothing more."""
         if not self._pieces:
             self._pieces.extend(self._load())
-        if not self._pieces:
-            self._wait(False)
+        if self._pieces and not self._send():
             return
+        self._wait(bool(self._pieces) or self._is_more())
+
+    def _send(self) -> bool:
+        """Whether the connection is still there."""
         try:
             count = self._sock.sendmsg(list(islice(self._pieces, PIECES)))
         except BlockingIOError:
-            count = 0
+            return True
         except OSError as error:
             self._on_lost(ConnectionLost(f"lost {self._peer} while sending: {error.strerror}"))
-            return
+            return False
         self.sent_bytes += count
         _advance(self._pieces, count)
-        self._wait(True)
+        return True
 
     def _wait(self, is_waiting: bool) -> None:
         if is_waiting == self._is_waiting:

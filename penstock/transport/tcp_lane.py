@@ -52,7 +52,7 @@ class Lane:
         self._outstanding: dict[int, Frame] = {}  # by number
         self._chunk_bytes = FIRST_CHUNK_BYTES
         self._answered_s = 0.0
-        self._outlet = Outlet(sock, link.offer.owner, self._load, link.fail)
+        self._outlet = Outlet(sock, link.offer.owner, self._load, self._is_more, link.fail)
         self._said: deque[bytes] = deque()
         self._loaded: Frame | None = None  # that was sent last, or is being sent
         self._inlet = Inlet(sock, link.offer.owner, link.fail)
@@ -98,11 +98,15 @@ class Lane:
             message = b"".join(self._said)
             self._said.clear()
             return [memoryview(message)]
-        if self._is_full or (frame := self._link.next_frame(self._chunk_bytes)) is None:
+        if self._is_full or not self._link.has_turns:
             return []
+        frame = self._link.next_frame(self._chunk_bytes)
         self._loaded = self._outstanding[frame.number] = frame
         self._outstanding_bytes += frame.size
         return frame.session.message(frame, self._link.has_checksums)
+
+    def _is_more(self) -> bool:
+        return bool(self._said) or (self._link.has_turns and not self._is_full)
 
     @property
     def _is_full(self) -> bool:

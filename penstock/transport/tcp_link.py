@@ -156,10 +156,13 @@ class Link:
 
     # For lanes
 
-    def next_frame(self, limit_bytes: int) -> Frame | None:
-        """Of the session whose turn it is; None if there is none."""
-        if not self._turns:
-            return None
+    @property
+    def has_turns(self) -> bool:
+        """Some session has something to move."""
+        return bool(self._turns)
+
+    def next_frame(self, limit_bytes: int) -> Frame:
+        """Of the session whose turn it is; only while it `has_turns`."""
         session = self._turns.popleft()
         self._numbers += 1
         frame = session.next_frame(self._numbers, limit_bytes)

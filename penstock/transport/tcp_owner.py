@@ -221,7 +221,7 @@ class _Lane:
         self._number = 0
         self._ranges = 0
         self._payload: list[memoryview] = []  # where it goes; empty where it is thrown away
-        self._outlet = Outlet(sock, link.writer, self._load, self._on_lost)
+        self._outlet = Outlet(sock, link.writer, self._load, self._is_more, self._on_lost)
         self._replies: deque[bytes] = deque()
         self._fetches: deque[_Fetch] = deque()
         self._sending: _Fetch | None = None
@@ -387,6 +387,9 @@ class _Lane:
             return []
         self._inlet.open()
         return loaded
+
+    def _is_more(self) -> bool:
+        return bool(self._sending or self._replies or self._fetches)
 
     def _begin(self, fetch: _Fetch) -> list[memoryview]:
         if not fetch.pieces:
