@@ -4,6 +4,8 @@ Bytes are written into the other process and are in place there when the clock s
 and as blocks of 32 KiB of which no two are neighbours on both sides, and a single block of 4 KiB. The best of several
 rounds counts, after one that is not counted. Every byte is checked by the process that it was written to.
 
+What is read instead is checked in the same way: both sides must have the same bytes at the end.
+
 Each way is measured by two processes of its own, one way after the other. Over shared memory penstock copies nothing;
 what is measured is a copy into the mapping. NIXL and Mooncake are measured where they are installed beside penstock:
 `nixl` and `nixl-cu12` (with --no-deps; they need numpy and torch), `mooncake-transfer-engine-non-cuda` (and the
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -236,6 +238,7 @@ async def serve_penstock(transport: Transport, connection: Connection, size_byte
         asyncio.get_running_loop().add_reader(connection.fileno(), asked.set)
         memory = regions[0].buffer
         assert memory is not None
+        memory[:] = memoryview(noise(size_bytes))  # for those who read
         while True:
             await asked.wait()
             asked.clear()
@@ -258,8 +261,10 @@ def serve_shm(connection: Connection, size_bytes: int) -> None:
 
 
 @contextmanager
-def reaching(offers: Sequence[Offer], source: Bytes, new: Callable[[], Any]) -> Iterator[Prepare]:
-    """Over a transport of penstock's."""
+def reaching(
+    offers: Sequence[Offer], source: Bytes, new: Callable[[], Any], is_read: bool = False
+) -> Iterator[Prepare]:
+    """Over a transport of penstock's: moves blocks there or, with `is_read`, from there."""
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         loop, pipes = runner.get_loop(), {}
@@ -275,9 +280,11 @@ def reaching(offers: Sequence[Offer], source: Bytes, new: Callable[[], Any]) -> 
 
         def prepare(case: Case) -> Move:
             pipe, pairs = pipes[case.layout], case.pairs
+            if is_read:
+                source[:] = 0
 
             async def move() -> None:
-                pipe.write(pairs)
+                (pipe.read if is_read else pipe.write)(pairs)
                 await pipe.flush()
 
             return lambda: loop.run_until_complete(move())
@@ -392,6 +399,7 @@ WAYS = {
     "tcp with checksums": Way(
         serve_tcp, partial(reaching, new=lambda: TcpTransport(TOKEN, Options(has_checksums=True)))
     ),
+    "tcp, reading": Way(serve_tcp, partial(reaching, new=lambda: TcpTransport(TOKEN), is_read=True)),
     "shm": Way(serve_shm, reaching_shm),
     "nixl": Way(serve_own_nixl, partial(reaching, new=lambda: NixlTransport(TOKEN)), "nixl", QUIET),
     "nixl over tcp": Way(

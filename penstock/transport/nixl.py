@@ -421,8 +421,8 @@ class _Moving:
         self._stack.callback(watching.cancel)
 
     def move(self, kind: str, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
-        if self._error is not None or not pairs:
-            return  # `flush` says so
+        if self._error is not None or not pairs or kind not in self._backlogs:
+            return  # `flush` says so, or it was left
         if self._settled.is_set():
             self._settled.clear()
             self._began_s = clock.now()
@@ -437,8 +437,7 @@ class _Moving:
 
     async def leave(self) -> None:
         """Nothing is moved any more, and the owner knows."""
-        for backlog in self._backlogs.values():
-            backlog.clear()
+        self._backlogs.clear()
         if self._under_way and self._error is None:
             await asyncio.wait([asyncio.ensure_future(self._settled.wait())], timeout=self._options.stalled_s)
         for operation in self._under_way:
@@ -515,10 +514,10 @@ class _Moving:
         if all(run.size == size for run in runs):
             near = self._agent.blocks("", self._source, self._size // size, size)
             far = self._agent.blocks(self._peer, there, self._offer.blocks, size)
-            sources, targets = [run.source // size for run in runs], [run.target // size for run in runs]
+            sources, targets = [run.here // size for run in runs], [run.there // size for run in runs]
             return nixl.make_prepped_xfer(kind, near, sources, far, targets, b"")
-        own = nixl.get_xfer_descs([(self._source + run.source, run.size, 0) for run in runs], "DRAM")
-        theirs = nixl.get_xfer_descs([(there + run.target, run.size, 0) for run in runs], "DRAM")
+        own = nixl.get_xfer_descs([(self._source + run.here, run.size, 0) for run in runs], "DRAM")
+        theirs = nixl.get_xfer_descs([(there + run.there, run.size, 0) for run in runs], "DRAM")
         return nixl.initialize_xfer(kind, own, theirs, self._peer, b"")
 
     def _note(self, done: _Operation) -> None:

@@ -1,16 +1,20 @@
-"""KV over TCP: regions in host memory that workers anywhere write into, over connections that are kept.
+"""KV over TCP: regions in host memory that workers anywhere write into and read from, over connections that are kept.
 
-The bytes go from the writer's region to its kernel, and from the owner's kernel to where they belong in its region:
-nothing is copied in between. That happens on a thread of its own on either side, so the workers' loops keep turning.
-See `tcp_frames` for what is said, `tcp_writer` and `tcp_owner` for the two sides, and `tcp_options` for limits.
+The bytes go from one region to the kernel, and from the other side's kernel to where they belong in its region: nothing
+is copied in between. That happens on a thread of its own on either side, so the workers' loops keep turning.
+See `tcp_frames` for what is said, `tcp_link` and `tcp_owner` for the two sides, and `tcp_options` for limits.
 
     writer                                               owner
-    Pipe.write --> Sending --> frames --> lanes ======> lanes --> region
+    Pipe.write --> Session --> frames --> lanes ======> lanes --> region
+    Pipe.read                             lanes <====== lanes <-- region
     Pipe.flush <-- all placed <----------- replies ----- a frame is in place
 
-Who may write is decided where the bytes arrive. An owner that revokes a writer (`Exported.kill`) closes its sessions,
-and nothing of them is received any more, though the writer be frozen with bytes on their way: no process must die for
-it. Both sides prove that they know the token. What follows is not encrypted: for untrusted networks put a tunnel below.
+Who may write is decided where the bytes arrive. An owner that fences a transfer off, or revokes a writer, closes their
+sessions, and nothing of them is received any more, though the writer be frozen with bytes on their way: no process must
+die for it. Nor is anything sent any more of what they asked for, so blocks that were read may be used again as well.
+
+Both sides prove that they know the token. What follows is not encrypted: TLS in Python takes every byte through a
+buffer of its own, and neither gathers nor scatters. For untrusted networks put a tunnel below, such as WireGuard.
 """
 
 from __future__ import annotations
@@ -27,11 +31,12 @@ from penstock.policy.latency.transfers import over
 from penstock.transport.api import Attached, Exported, Limits, Moved, Offer
 from penstock.transport.io_thread import IoThread, on_loop
 from penstock.transport.sockets import check_host
+from penstock.transport.tcp_link import Peer
 from penstock.transport.tcp_options import Options
 from penstock.transport.tcp_owner import Receiver
-from penstock.transport.tcp_writer import Peer, Sending
+from penstock.transport.tcp_session import Session
 
-__all__ = ["NAME", "Moved", "Options", "TcpPipe", "TcpTransport"]
+__all__ = ["NAME", "Options", "TcpPipe", "TcpTransport"]
 
 NAME = "tcp"
 
@@ -86,16 +91,16 @@ class TcpTransport:
     ) -> AsyncIterator[TcpPipe]:
         """See `transport.api.Transport`."""
         if source.buffer is None:
-            raise Refused(f"the blocks of {source.owner} are not in host memory, so {NAME} cannot send them")
+            raise Refused(f"the blocks of {source.owner} are not in host memory, so {NAME} cannot move them")
         with self._using(offer, writer) as peer:
-            sending = Sending(peer, source.buffer, request, on_loop(on_moved))
+            session = Session(peer, source.buffer, request, on_loop(on_moved))
             try:
-                await self._io.run(sending.open())
+                await self._io.run(session.open())
                 if source.layout != offer.layout:
                     raise Refused(f"{offer.owner} keeps KV as {offer.layout}, {source.owner} as {source.layout}")
-                yield TcpPipe(self._io, sending, source.blocks, offer)
+                yield TcpPipe(self._io, session, source.blocks, offer)
             finally:
-                await self._io.run_out(sending.leave())
+                await self._io.run_out(session.leave())
 
     @contextmanager
     def _using(self, offer: Offer, writer: str) -> Iterator[Peer]:
@@ -133,28 +138,28 @@ class _Export:
 class TcpPipe:
     """See `transport.api.Pipe`."""
 
-    def __init__(self, io: IoThread, sending: Sending, blocks: int, offer: Offer) -> None:
+    def __init__(self, io: IoThread, session: Session, blocks: int, offer: Offer) -> None:
         self._io = io
-        self._sending = sending
+        self._session = session
         self._blocks = blocks
         self._offer = offer
 
     @property
     def moved(self) -> Moved:
         """So far."""
-        return self._sending.moved
+        return self._session.moved
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
         """See `transport.api.Pipe`."""
-        self._io.call(self._sending.write, self._checked(blocks))
+        self._io.call(self._session.move, self._checked(blocks), is_read=False)
 
     def read(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
         """See `transport.api.Pipe`."""
-        self._io.call(self._sending.read, self._checked(blocks))
+        self._io.call(self._session.move, self._checked(blocks), is_read=True)
 
     async def flush(self) -> None:
         """See `transport.api.Pipe`."""
-        await self._io.run(self._sending.flush())
+        await self._io.run(self._session.flush())
 
     def _checked(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> tuple[tuple[BlockId, BlockId], ...]:
         """Raises KvError for blocks that do not exist."""

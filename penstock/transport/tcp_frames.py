@@ -9,22 +9,22 @@
         --- DATA session number, ranges, bytes --------->   on any of the link's connections, straight into the region
         <-- PLACED, DAMAGED or DROPPED number -----------
         --- FETCH session number, ranges --------------->   likewise
-        <-- FETCHED number, bytes; or DROPPED number ----   straight into the writer's region
+        <-- PAYLOAD number, bytes -----------------------   straight into the writer's region
+        <-- FETCHED checksum; or DROPPED number ---------   whether these are what was asked for
         --- CLOSE session ------------------------------>   what still comes of it is thrown away
-        <-- CLOSED session ------------------------------
 
         <-- GOODBYE reason ------------------------------   and the end of the link, at any time
 
 All numbers are little-endian; a pipe's name is the xxh3 of the one it was given. A frame of DATA is its head, its
 ranges in the owner's region, where the link has checksums the payload's and that of everything so far, and the payload.
-One of FETCH has no payload, and no checksum of it; that of the payload comes before it in the answer.
+One of FETCH has no payload, and no checksum of it. An owner that closes a session while it sends a payload sends other
+bytes for the rest of it, then DROPPED; before it has begun it sends DROPPED alone.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -37,17 +37,17 @@ from penstock.transport.sockets import read_message, send_message
 PURPOSE = b"kv-tcp"
 
 OPEN, DATA, FETCH, CLOSE = range(1, 5)  # kinds of heads
-OPENED, PLACED, DAMAGED, DROPPED, FETCHED, CLOSED, GOODBYE = range(1, 8)  # kinds of replies
+OPENED, PLACED, DAMAGED, DROPPED, PAYLOAD, FETCHED, GOODBYE = range(1, 8)  # kinds of replies
 
 HEAD = struct.Struct("<B3xIQI")  # kind, session, number, ranges
-REPLY = struct.Struct("<B3xIQ")  # kind, session, number; GOODBYE's number is the length of the reason that follows
+# Kind, session, number: that of GOODBYE is the length of the reason that follows, of FETCHED the checksum, if any.
+REPLY = struct.Struct("<B3xIQ")
 RANGE = struct.Struct("<QQ")  # first byte in the region, bytes
 DIGEST = struct.Struct("<Q")  # xxh3
 
 MAX_RANGES = 512  # of a frame
 MAX_FRAME_BYTES = 16 << 20  # of payload
 MAX_REASON_BYTES = 1 << 12
-PIECES = 128  # of memory, in one call of the kernel: it moves no more than these hold at one time anyway
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -114,23 +114,3 @@ def digest(pieces: Iterable[bytes | bytearray | memoryview]) -> int:
     for piece in pieces:
         state.update(piece)
     return state.intdigest()
-
-
-def advance(pieces: deque[memoryview], count: int) -> None:
-    """Takes the first `count` bytes off."""
-    while count:
-        first = pieces[0]
-        if count < len(first):
-            pieces[0] = first[count:]
-            return
-        count -= len(first)
-        pieces.popleft()
-
-
-def wasted(size: int) -> deque[memoryview]:
-    """Memory for `size` bytes that nobody wants."""
-    whole, rest = divmod(size, len(_WASTE))
-    return deque([_WASTE] * whole + ([_WASTE[:rest]] if rest else []))
-
-
-_WASTE = memoryview(bytearray(1 << 20))

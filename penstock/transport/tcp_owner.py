@@ -1,12 +1,13 @@
-"""The owner's side of the `tcp` transport: takes what writers send straight into the region.
+"""The owner's side of `tcp`: what writers send goes straight into its region, and what they ask for out of it.
 
     link        all connections of one incarnation of a writer; ends with the first of them that ends
-    session     a pipe of it: open -> closed by the writer, or ended with its link
-    lane        one connection, which receives one frame at a time
+    session     a pipe of it: open -> closed by the writer, fenced off, or ended with its link
+    lane        one connection, which receives one frame at a time, and answers one
 
-All of it lives on the I/O thread, and a lane writes into the region only while one of its callbacks runs. So once a
-callback has closed a session nothing is written for it any more, whatever the kernel still holds: unlike memory that
-is mapped, a region reached this way can be taken back from a writer that is frozen, or beyond a broken network.
+All of it lives on the I/O thread, and a lane touches the region only while one of its callbacks runs. So once a
+callback has closed a session nothing is written for it any more, whatever the kernel still holds, and nothing is read:
+unlike memory that is mapped, a region reached this way can be taken back from a writer that is frozen, or beyond a
+broken network. A peer that does not read its answers is not read from either, and finds its own kernel's buffers full.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from itertools import islice
+from dataclasses import dataclass
 
 from penstock import auth
 from penstock.errors import PenstockError, Refused, StaleEpoch, WireError, to_wire
@@ -26,7 +27,6 @@ from penstock.transport.offers import check
 from penstock.transport.sockets import listening
 from penstock.transport.tcp_frames import (
     CLOSE,
-    CLOSED,
     DAMAGED,
     DATA,
     DIGEST,
@@ -40,26 +40,23 @@ from penstock.transport.tcp_frames import (
     MAX_REASON_BYTES,
     OPEN,
     OPENED,
-    PIECES,
+    PAYLOAD,
     PLACED,
     PURPOSE,
     RANGE,
     REPLY,
     Hello,
-    advance,
     answer_hello,
     digest,
     read_hello,
-    wasted,
 )
+from penstock.transport.tcp_halves import Inlet, Outlet, drain
 from penstock.transport.tcp_options import Options
 
 log = logging.getLogger(__name__)
 
-DRAIN_BYTES = 1 << 20  # read at a time of what nobody wants
 LINGER_S = 1.0  # for a peer to read why it was cut
-
-MAX_UNREAD_BYTES, MAX_UNREAD_PIECES = 128 << 20, 1 << 16  # of answers, that a peer may leave waiting
+MAX_WAITING = 64  # answers on one connection, before nothing more is received there
 
 
 class BadFrame(WireError):
@@ -178,9 +175,9 @@ class _Link:
         self.sessions[session] = name
 
     def close(self, session: int) -> None:
-        """Nothing is written for it from now on. For one that is not open it does nothing."""
+        """Nothing is written for it, or read, from now on. For one that is not open it does nothing."""
         for lane in self.lanes:
-            lane.waste(session)
+            lane.drop(session)
         self.sessions.pop(session, None)
 
     def end(self, reason: str) -> None:
@@ -195,8 +192,18 @@ class _Link:
         on_end(self)
 
 
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """What a peer asked for. Without `pieces`, where they are in the region, it is not sent any more."""
+
+    session: int
+    number: int
+    pieces: list[memoryview]
+    size: int
+
+
 class _Lane:
-    """One connection. `_wanted` is the memory that what comes next belongs into, `_then` what to do when it is full."""
+    """One connection. It receives one frame at a time, and answers one."""
 
     def __init__(self, link: _Link, sock: socket.socket, buffer: memoryview) -> None:
         self.ended = asyncio.Event()
@@ -205,43 +212,45 @@ class _Lane:
         self._link = link
         self._sock = sock
         self._buffer = buffer
-        self._wanted: deque[memoryview] = deque()
-        self._then: Callable[[], None] = self._on_head
+        self._inlet = Inlet(sock, link.writer, self._on_lost)
         self._head = bytearray(HEAD.size)
         self._table = bytearray()
         self._session = 0  # of the frame that is coming
         self._number = 0
         self._ranges = 0
         self._payload: list[memoryview] = []  # where it goes; empty where it is thrown away
-        self._answers: deque[memoryview] = deque()  # that the kernel has no room for
-        self._unread_bytes = 0  # of them
+        self._outlet = Outlet(sock, link.writer, self._load, self._is_more, self._on_lost)
+        self._replies: deque[bytes] = deque()
+        self._fetches: deque[_Fetch] = deque()
+        self._sending: _Fetch | None = None
 
     def start(self) -> None:
         if not self._is_stopped:
             self._want_head()
-            asyncio.get_running_loop().add_reader(self._sock, self._on_readable)
+            self._inlet.open()
 
     def stop(self, reason: str) -> None:
-        """Nothing more goes into the region. Tells the peer why, and closes once that has read it and closed too.
+        """Nothing more goes into the region, or out of it. Tells the peer why, unless it would take that for a payload.
 
-        A connection that is closed while bytes come in is reset, and the peer may lose what was said last.
+        Closes once the peer has read that and closed too: if a connection is closed while bytes come in, it is reset,
+        and the peer may lose what was said last.
         """
         self._is_stopped = True
-        self._wanted.clear()
+        is_between_payloads = self._sending is None and self._outlet.is_empty
+        self._inlet.close()
+        self._outlet.close()
         self._payload.clear()
-        is_between_answers = not self._answers
-        self._answers.clear()
+        self._fetches.clear()
+        self._sending = None
         text = reason.encode()[:MAX_REASON_BYTES]
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._sock)
-        loop.remove_writer(self._sock)
         try:
-            if is_between_answers:
+            if is_between_payloads:
                 self._sock.send(REPLY.pack(GOODBYE, 0, len(text)) + text)
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:  # it is gone, or does not read
             self.close()
             return
+        loop = asyncio.get_running_loop()
         loop.add_reader(self._sock, self._drain)
         self._deadline = loop.call_later(LINGER_S, self.close)
 
@@ -251,98 +260,89 @@ class _Lane:
             self._deadline.cancel()
         if not self.ended.is_set():
             asyncio.get_running_loop().remove_reader(self._sock)
-            asyncio.get_running_loop().remove_writer(self._sock)
             self._sock.close()
             self.ended.set()
 
-    def waste(self, session: int) -> None:
-        """What is still to come of this session's frame goes nowhere."""
+    def drop(self, session: int) -> None:
+        """What is still to come of this session's frame goes nowhere, and nothing that it asked for is sent."""
         if self._payload and self._session == session:
             self._payload.clear()
-            self._wanted = wasted(sum(map(len, self._wanted)))
+            self._inlet.waste()
+        for fetch in self._fetches:
+            if fetch.session == session:
+                fetch.pieces.clear()
+        if self._sending is not None and self._sending.session == session:
+            self._sending.pieces.clear()
+            self._outlet.blank(self._sending.size)
 
-    def _on_readable(self) -> None:
-        for _ in range(3):  # the head of a frame, its ranges, and what is there of its bytes
-            if self._is_stopped or not self._receive():
-                return
-
-    def _receive(self) -> bool:
-        """One call of the kernel; whether there may be more."""
-        try:
-            count = self._sock.recvmsg_into(list(islice(self._wanted, PIECES)))[0]
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            self._link.end(f"a connection was lost: {error.strerror}")
-            return False
-        if not count:
-            self._link.end("it closed a connection")
-            return False
-        advance(self._wanted, count)
-        try:
-            if not self._wanted:
-                self._then()
-        except BadFrame as error:
+    def _on_lost(self, error: WireError) -> None:
+        if isinstance(error, BadFrame):
             log.warning("%s broke the protocol and is cut: %s", self._link.writer, error)
             self._link.end(f"you broke the protocol: {error}")
-        return True
+        else:
+            self._link.end(str(error))
 
     def _drain(self) -> None:
-        try:
-            count = self._sock.recv_into(wasted(DRAIN_BYTES)[0])
-        except BlockingIOError:
-            return
-        except OSError:
-            count = 0
-        if not count:
+        if not drain(self._sock):
             self.close()
 
+    # What comes
+
     def _want_head(self) -> None:
-        self._wanted.append(memoryview(self._head))
-        self._then = self._on_head
+        self._inlet.want(memoryview(self._head), then=self._on_head)
 
     def _on_head(self) -> None:
+        """Raises BadFrame, as all that follow."""
         kind, self._session, self._number, self._ranges = HEAD.unpack(self._head)
-        if kind in (DATA, FETCH):
-            self._want_table(digests=2 if kind == DATA else 1)
-            return
-        if kind == OPEN:
+        if kind == DATA:
+            self._want_table(digests=2, then=self._on_data)
+        elif kind == FETCH:
+            self._want_table(digests=1, then=self._on_fetch)
+        elif kind == OPEN:
             self._link.open(self._session, self._number)
             self._reply(OPENED)
+            self._want_head()
         elif kind == CLOSE:
             self._link.close(self._session)
-            self._reply(CLOSED)
+            self._want_head()
         else:
             raise BadFrame(f"there are no frames of kind {kind}")
-        self._want_head()
 
-    def _want_table(self, digests: int) -> None:
+    def _want_table(self, digests: int, then: Callable[[], None]) -> None:
         if not 0 < self._ranges <= MAX_RANGES:
             raise BadFrame(f"a frame has {self._ranges} ranges; 1 to {MAX_RANGES} may be")
         self._table = bytearray(self._ranges * RANGE.size + (digests * DIGEST.size if self._link.has_checksums else 0))
-        self._wanted.append(memoryview(self._table))
-        self._then = self._on_table if digests == 2 else self._on_fetch
+        self._inlet.want(memoryview(self._table), then=then)
 
-    def _on_table(self) -> None:
-        """Raises BadFrame unless every byte of the frame belongs into the region."""
+    def _on_data(self) -> None:
         pieces = self._pieces()
         if self._session in self._link.sessions:
             self._payload = pieces
-            self._wanted.extend(pieces)
+            self._inlet.want(*pieces, then=self._on_payload)
         else:  # closed since it was sent
-            self._wanted.extend(wasted(sum(map(len, pieces))))
-        self._then = self._on_payload
+            self._inlet.want_waste(sum(map(len, pieces)), then=self._on_payload)
+
+    def _on_payload(self) -> None:
+        self._reply(self._verdict())
+        self._payload.clear()
+        self._want_head()
+
+    def _verdict(self) -> int:
+        if not self._payload:
+            return DROPPED
+        if not self._link.has_checksums:
+            return PLACED
+        (expected,) = DIGEST.unpack_from(self._table, len(self._table) - 2 * DIGEST.size)
+        return PLACED if digest(self._payload) == expected else DAMAGED
 
     def _on_fetch(self) -> None:
-        """Answers with what the region has there. Raises BadFrame as `_on_table` does."""
         pieces = self._pieces()
         if self._session in self._link.sessions:
-            checksum = DIGEST.pack(digest(pieces)) if self._link.has_checksums else b""
-            self._answer(REPLY.pack(FETCHED, self._session, self._number) + checksum, pieces)
+            self._fetches.append(_Fetch(self._session, self._number, pieces, sum(map(len, pieces))))
+            self._push_back()
         else:
             self._reply(DROPPED)
-        if not self._is_stopped:
-            self._want_head()
+        self._want_head()
 
     def _pieces(self) -> list[memoryview]:
         """The frame's ranges of the region."""
@@ -359,45 +359,43 @@ class _Lane:
             raise BadFrame(f"a frame has {size} bytes; the limit is {MAX_FRAME_BYTES}")
         return [self._buffer[start : start + length] for start, length in ranges]
 
-    def _on_payload(self) -> None:
-        self._reply(self._verdict())
-        self._payload.clear()
-        if not self._is_stopped:
-            self._want_head()
-
-    def _verdict(self) -> int:
-        if not self._payload:
-            return DROPPED
-        if not self._link.has_checksums:
-            return PLACED
-        (expected,) = DIGEST.unpack_from(self._table, len(self._table) - 2 * DIGEST.size)
-        return PLACED if digest(self._payload) == expected else DAMAGED
+    # What is answered
 
     def _reply(self, kind: int) -> None:
-        self._answer(REPLY.pack(kind, self._session, self._number), [])
+        self._replies.append(REPLY.pack(kind, self._session, self._number))
+        self._push_back()
 
-    def _answer(self, head: bytes, payload: Sequence[memoryview]) -> None:
-        """Raises BadFrame for a peer that lets answers pile up."""
-        is_first = not self._answers
-        self._answers += [memoryview(head), *payload]
-        self._unread_bytes += len(head) + sum(map(len, payload))
-        if is_first:
-            self._push()
-        if self._unread_bytes > MAX_UNREAD_BYTES or len(self._answers) > MAX_UNREAD_PIECES:
-            raise BadFrame("it does not read what it is answered")
+    def _push_back(self) -> None:
+        """Sends, and receives nothing more while a peer lets too many answers wait."""
+        self._outlet.wake()
+        if len(self._replies) + len(self._fetches) >= MAX_WAITING:
+            self._inlet.pause()
 
-    def _push(self) -> None:
-        """One call of the kernel; the loop calls again when it has room, as long as there is more."""
-        try:
-            count = self._sock.sendmsg(list(islice(self._answers, PIECES)))
-        except BlockingIOError:
-            count = 0
-        except OSError as error:
-            self._link.end(f"a connection was lost: {error.strerror}")
-            return
-        self._unread_bytes -= count
-        advance(self._answers, count)
-        if self._answers:
-            asyncio.get_running_loop().add_writer(self._sock, self._push)
+    def _load(self) -> list[memoryview]:
+        """What is sent next."""
+        if self._sending is not None:
+            fetch, self._sending = self._sending, None
+            return [memoryview(self._end_of(fetch))]
+        if self._replies:
+            loaded = [memoryview(b"".join(self._replies))]
+            self._replies.clear()
+        elif self._fetches:
+            loaded = self._begin(self._fetches.popleft())
         else:
-            asyncio.get_running_loop().remove_writer(self._sock)
+            return []
+        self._inlet.open()
+        return loaded
+
+    def _is_more(self) -> bool:
+        return bool(self._sending or self._replies or self._fetches)
+
+    def _begin(self, fetch: _Fetch) -> list[memoryview]:
+        if not fetch.pieces:
+            return [memoryview(self._end_of(fetch))]
+        self._sending = fetch
+        return [memoryview(REPLY.pack(PAYLOAD, fetch.session, fetch.number)), *fetch.pieces]
+
+    def _end_of(self, fetch: _Fetch) -> bytes:
+        if not fetch.pieces:
+            return REPLY.pack(DROPPED, fetch.session, fetch.number)
+        return REPLY.pack(FETCHED, fetch.session, digest(fetch.pieces) if self._link.has_checksums else 0)

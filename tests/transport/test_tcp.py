@@ -33,12 +33,29 @@ from penstock.errors import (
     UnsafeBind,
 )
 from penstock.transport import sockets, tcp_frames
-from penstock.transport.api import Exported
+from penstock.transport.api import Exported, Offer
 from penstock.transport.host_memory import new_region
+from penstock.transport.io_thread import on_loop
 from penstock.transport.tcp import Options, TcpPipe, TcpTransport, _Export
 from penstock.transport.tcp_backlog import Backlog, Run
-from penstock.transport.tcp_frames import CLOSE, DATA, DROPPED, FETCH, GOODBYE, HEAD, OPEN, OPENED, RANGE, REPLY, Hello
-from penstock.transport.tcp_owner import _Link
+from penstock.transport.tcp_frames import (
+    CLOSE,
+    DATA,
+    DROPPED,
+    FETCH,
+    FETCHED,
+    GOODBYE,
+    HEAD,
+    OPEN,
+    OPENED,
+    PAYLOAD,
+    PLACED,
+    RANGE,
+    REPLY,
+    Hello,
+)
+from penstock.transport.tcp_owner import MAX_WAITING, _Link
+from penstock.transport.tcp_session import Session
 from tests.support import errors_of_loop, run
 from tests.transport.peers import TOKEN, WRITER, peer_of
 
@@ -467,7 +484,12 @@ def test_a_connect_cancelled_anywhere_leaves_no_writer() -> None:
 # Bad networks
 
 
-def test_a_stalled_owner_is_given_up_on() -> None:
+BOTH_WAYS = pytest.mark.parametrize("move", [TcpPipe.write, TcpPipe.read], ids=["write", "read"])
+Move = Callable[[TcpPipe, list[tuple[BlockId, BlockId]]], None]
+
+
+@BOTH_WAYS
+def test_a_stalled_owner_is_given_up_on(move: Move) -> None:
     async def story() -> None:
         async with (
             exporting() as exported,
@@ -476,7 +498,7 @@ def test_a_stalled_owner_is_given_up_on() -> None:
             writer.pipe(exported, network.port) as pipe,
         ):
             network.open.clear()
-            pipe.write(EVERYTHING)
+            move(pipe, EVERYTHING)
             with pytest.raises(ConnectionLost, match=r"d took and said nothing for 0\.2 s"):
                 await pipe.flush()
             network.open.set()
@@ -484,11 +506,12 @@ def test_a_stalled_owner_is_given_up_on() -> None:
     run(story())
 
 
-def test_a_slow_owner_is_not_given_up_on() -> None:
+@BOTH_WAYS
+def test_a_slow_owner_is_not_given_up_on(move: Move) -> None:
     async def story() -> None:
         async with (
             exporting() as exported,
-            writing(replace(QUICK, stalled_s=0.5)) as writer,
+            writing(QUICK) as writer,
             network_to(exported) as network,
             writer.pipe(exported, network.port) as pipe,
         ):
@@ -499,12 +522,12 @@ def test_a_slow_owner_is_not_given_up_on() -> None:
                     network.open.clear()
                     loop.call_later(0.01, network.open.set)
 
-            network.change = hold
+            network.change = network.change_back = hold
             began_s = loop.time()
-            pipe.write(EVERYTHING[:256])
+            move(pipe, EVERYTHING[:256])
             await pipe.flush()
-            assert loop.time() - began_s > 0.5
-            assert buffer_of(exported)[: 256 * LAYOUT.block_bytes] == b"\7" * (256 * LAYOUT.block_bytes)
+            assert loop.time() - began_s > QUICK.stalled_s
+            assert pipe.moved.size_bytes == 256 * LAYOUT.block_bytes
 
     run(story())
 
@@ -663,12 +686,51 @@ def test_a_read_that_is_fenced_off_is_told() -> None:
     run(story())
 
 
+def test_a_frozen_reader_gets_nothing_of_what_it_was_fenced_off_from() -> None:
+    async def story() -> None:
+        async with exporting() as exported, peer_of(exported) as peer:
+            peer.tell("read for ever")
+            lanes = link_of(exported).lanes
+            await until(lambda: any(lane._sending for lane in lanes))
+            peer.process.send_signal(signal.SIGSTOP)
+            await until(lambda: all(lane._sending for lane in lanes))  # the kernels on the way are full
+            await exported.fence(WRITER, "r")
+            buffer_of(exported)[:] = b"\x09" * len(buffer_of(exported))  # for somebody else
+            peer.process.send_signal(signal.SIGCONT)
+            assert await peer.read() == "ConnectionLost"
+            assert await peer.ask("holds 9") == "False"
+
+    run(story())
+
+
+def test_a_read_that_is_damaged_again_is_an_error_of_its_pipe_alone() -> None:
+    async def story() -> None:
+        async with (
+            exporting() as exported,
+            writing(Options(connections=1, has_checksums=True)) as writer,
+            network_to(exported) as network,
+            writer.pipe(exported, network.port) as pipe,
+            writer.pipe(exported, network.port, request="other") as other,
+        ):
+            buffer_of(exported)[:] = b"\7" * len(buffer_of(exported))
+            network.change_back = damager(times=1_000_000)
+            pipe.read(EVERYTHING[:4])
+            with pytest.raises(ConnectionLost, match="damaged on their way 2 times"):
+                await pipe.flush()
+            network.change_back = lambda _: None
+            other.read(EVERYTHING[:4])
+            await other.flush()
+
+    run(story())
+
+
 @pytest.mark.parametrize("end", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_reader_that_does_not_read_holds_up_nobody(end: signal.Signals) -> None:
     async def story() -> None:
         async with exporting() as exported, peer_of(exported) as peer, writing() as writer:
             peer.tell("read for ever")
-            await until(lambda: WRITER in exported._receiver._links and link_of(exported).lanes)
+            lanes = link_of(exported).lanes
+            await until(lambda: any(lane._sending for lane in lanes))
             peer.process.send_signal(end)
             async with writer.transport.connect(exported.offer, writer.source, "q:1", "r", lambda: None) as pipe:
                 pipe.write(EVERYTHING)
@@ -766,21 +828,21 @@ class RawPeer:
         await asyncio.get_running_loop().sock_sendall(self._sock, data)
 
     async def read_reply(self) -> tuple[int, int, int]:
-        kind, session, number = REPLY.unpack(await self._read(REPLY.size))
+        kind, session, number = REPLY.unpack(await self.read_bytes(REPLY.size))
         return kind, session, number
 
     async def read_reason(self) -> str:
         kind, _, length = await self.read_reply()
         assert kind == GOODBYE
-        return (await self._read(length)).decode()
+        return (await self.read_bytes(length)).decode()
 
-    async def _read(self, length: int) -> bytes:
-        data = b""
+    async def read_bytes(self, length: int) -> bytes:
+        data = bytearray()
         while len(data) < length:
             piece = await asyncio.get_running_loop().sock_recv(self._sock, length - len(data))
             assert piece, "it ended"
             data += piece
-        return data
+        return bytes(data)
 
 
 @asynccontextmanager
@@ -790,8 +852,9 @@ async def raw_peer(exported: Exported) -> AsyncIterator[RawPeer]:
         await auth.join(sock, TOKEN, tcp_frames.PURPOSE, "d")
         await tcp_frames.say_hello(sock, Hello(exported.offer, WRITER, clock.nonce(16), has_checksums=False))
         peer = RawPeer(sock)
-        await peer.send(HEAD.pack(OPEN, 1, 0, 0))
-        assert await peer.read_reply() == (OPENED, 1, 0)
+        name = tcp_frames.digest((b"r",))
+        await peer.send(HEAD.pack(OPEN, 1, name, 0))
+        assert await peer.read_reply() == (OPENED, 1, name)
         yield peer
 
 
@@ -832,7 +895,6 @@ def test_what_comes_for_a_closed_session_is_thrown_away() -> None:
             size = 3 << 20
             frame = HEAD.pack(DATA, 1, 5, 1) + RANGE.pack(0, size) + b"\7" * size
             await peer.send(HEAD.pack(CLOSE, 1, 0, 0) + frame)
-            await peer.read_reply()
             assert await peer.read_reply() == (DROPPED, 1, 5)
             assert is_untouched(exported)
 
@@ -848,16 +910,45 @@ def test_more_sessions_than_allowed_cut_the_peer(caplog: pytest.LogCaptureFixtur
     run(story())
 
 
-def test_a_peer_that_reads_no_answers_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+MIB = 1 << 20
+ASKED = 100  # MiB, more than the kernels on the way take
+
+
+async def ask_for_much(exported: _Export, peer: RawPeer) -> None:
+    """Returns when much of it waits at the owner, which takes no more."""
+    for number in range(ASKED):
+        await peer.send(HEAD.pack(FETCH, 1, number, 1) + RANGE.pack(number % 32 * MIB, MIB))
+    lane = link_of(exported).lanes[0]
+    await until(lambda: len(lane._fetches) == MAX_WAITING and not lane._inlet._is_open)
+
+
+def test_a_peer_that_reads_no_answers_is_not_read_from_either() -> None:
     async def story() -> None:
         async with exporting() as exported, raw_peer(exported) as peer:
-            frames = (HEAD.pack(DATA, 1, 1, 1) + RANGE.pack(0, 1) + b"\7") * 100_000
-            with pytest.raises(OSError):  # reset
-                while True:
-                    await peer.send(frames)
+            await ask_for_much(exported, peer)
+            for number in range(ASKED):
+                assert await peer.read_reply() == (PAYLOAD, 1, number)
+                assert await peer.read_bytes(MIB) == bytes(MIB)
+                assert await peer.read_reply() == (FETCHED, 1, 0)
 
     run(story())
-    assert "does not read what it is answered" in caplog.text
+
+
+def test_what_was_asked_for_is_not_sent_once_it_was_fenced_off() -> None:
+    async def story() -> None:
+        async with exporting() as exported, raw_peer(exported) as peer:
+            await ask_for_much(exported, peer)
+            await exported.fence(WRITER, "r")
+            buffer_of(exported)[:] = b"\x09" * len(buffer_of(exported))  # for somebody else
+            kinds = []
+            while kinds.count(FETCHED) + kinds.count(DROPPED) < ASKED:
+                kind, _, _ = await peer.read_reply()
+                kinds.append(kind)
+                if kind == PAYLOAD:  # the rest of it is blank if it is dropped, not what somebody else has there
+                    assert await peer.read_bytes(MIB) == bytes(MIB)
+            assert kinds.count(DROPPED) >= MAX_WAITING
+
+    run(story())
 
 
 @pytest.mark.parametrize("message", [b"\xff\xff\xff\x7f", b"\x03\0\0\0abc"], ids=["long", "not understood"])
@@ -880,6 +971,62 @@ def test_another_incarnation_at_the_same_address_is_stale() -> None:
             with pytest.raises(StaleEpoch, match="in epoch 2, here is d in epoch 1"):
                 async with writer.transport.connect(offer, writer.source, WRITER, "r", lambda: None):
                     pytest.fail("connected to another incarnation")
+
+    run(story())
+
+
+# Owners that are not to be believed
+
+WRITE_NUMBER, READ_NUMBER = 2, 3  # 1 is the session's
+BAD_ANSWERS = {
+    "placed, though not sent": REPLY.pack(PLACED, 1, 99),
+    "placed, though to be read": REPLY.pack(PLACED, 1, READ_NUMBER),
+    "dropped, though not sent": REPLY.pack(DROPPED, 1, 99),
+    "not asked for": REPLY.pack(PAYLOAD, 1, 99) + b"\x09" * 1000,
+    "asked to be written": REPLY.pack(PAYLOAD, 1, WRITE_NUMBER) + b"\x09" * 1000,
+    "fetched without a payload": REPLY.pack(FETCHED, 1, 0),
+    "no reason": REPLY.pack(GOODBYE, 0, 0),
+    "a long reason": REPLY.pack(GOODBYE, 0, 1 << 40),
+    "unknown kind": REPLY.pack(77, 1, READ_NUMBER),
+}
+
+
+@asynccontextmanager
+async def raw_owner(answer: bytes) -> AsyncIterator[int]:
+    """The port of one that lets everybody open a pipe, and answers what is sent next with this."""
+
+    async def serve(sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        await tcp_frames.read_hello(sock)
+        await tcp_frames.answer_hello(sock, None)
+        await loop.sock_recv(sock, HEAD.size)
+        await loop.sock_sendall(sock, REPLY.pack(OPENED, 1, 0))
+        await loop.sock_recv(sock, HEAD.size)
+        await loop.sock_sendall(sock, answer)
+        while await loop.sock_recv(sock, MIB):
+            pass
+
+    with tcp_frames.new_socket(socket.AF_INET) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        async with auth.admitting(listener, TOKEN, tcp_frames.PURPOSE, serve):
+            yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_an_answer_that_makes_no_sense_ends_the_link_and_is_stored_nowhere(name: str) -> None:
+    async def story() -> None:
+        async with (
+            exporting() as exported,
+            writing(replace(QUICK, connections=1, stalled_s=5.0)) as writer,
+            raw_owner(BAD_ANSWERS[name]) as port,
+            writer.pipe(exported, port) as pipe,
+        ):
+            pipe.write(EVERYTHING[:1])
+            pipe.read(EVERYTHING[:1])
+            with pytest.raises(ConnectionLost, match="was not asked for, or in disorder"):
+                await pipe.flush()
+            assert writer.source.buffer == b"\7" * SIZE
 
     run(story())
 
@@ -924,6 +1071,85 @@ def test_a_broken_link_is_not_kept() -> None:
     run(story())
 
 
+# How much is said to have moved
+
+
+class StandIn:
+    """A peer, and a link of it, for a session whose frames the test takes and answers for itself."""
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self.error = None
+
+    async def link(self) -> StandIn:
+        return self
+
+    def register(self, session: Session) -> int:
+        return 1
+
+    def say(self, *_: object, **__: object) -> None:
+        pass
+
+    def send(self, session: Session) -> None:
+        pass
+
+    async def wait(self, event: asyncio.Event) -> None:
+        pass
+
+
+def test_blocks_count_from_the_first_on_whichever_frame_is_answered_for_first() -> None:
+    async def story() -> None:
+        told: list[int] = []
+        stand_in = StandIn(Offer("tcp", "d", 1, "", LAYOUT, BLOCKS))
+        session = Session(stand_in, memoryview(bytearray(SIZE)), "r", lambda: told.append(session.moved.blocks))  # type: ignore[arg-type]
+        await session.open()
+        session.move(EVERYTHING[:4], is_read=False)
+        session.move(EVERYTHING[20:22], is_read=True)
+        session.move(EVERYTHING[4:9], is_read=False)
+        frames = []
+        while session.has_more:
+            frames.append(session.next_frame(len(frames), 2 * LAYOUT.block_bytes))
+        assert [(frame.is_read, frame.size // LAYOUT.block_bytes) for frame in frames] == [
+            *[(False, 2), (False, 2), (True, 2), (False, 2), (False, 2), (False, 1)]
+        ]
+        for number in (3, 2, 0, 1, 5, 4):
+            session.on_placed(frames[number])
+        assert told == [0, 0, 2, 6, 6, 9]
+        assert session.moved.size_bytes == 11 * LAYOUT.block_bytes
+
+    run(story())
+
+
+def test_blocks_larger_than_frames_count_when_they_are_whole() -> None:
+    async def story() -> None:
+        stand_in = StandIn(Offer("tcp", "d", 1, "", LAYOUT, BLOCKS))
+        session = Session(stand_in, memoryview(bytearray(SIZE)), "r", lambda: None)  # type: ignore[arg-type]
+        await session.open()
+        session.move(EVERYTHING[:2], is_read=False)
+        counts = []
+        while session.has_more:
+            session.on_placed(session.next_frame(len(counts), LAYOUT.block_bytes // 3))
+            counts.append(session.moved.blocks)
+        assert counts == [0, 0, 0, 1, 1, 1, 1, 2]
+
+    run(story())
+
+
+def test_of_calls_on_the_loop_no_more_than_one_is_due() -> None:
+    async def story() -> None:
+        told: list[None] = []
+        ask = on_loop(lambda: told.append(None))
+        for calls in (1, 2):
+            asking = threading.Thread(target=lambda: [ask() for _ in range(5)])
+            asking.start()
+            asking.join()
+            await until(lambda calls=calls: len(told) == calls)
+        await asyncio.sleep(0)
+        assert len(told) == 2
+
+    run(story())
+
+
 # How blocks are cut into runs
 
 
@@ -946,7 +1172,7 @@ def test_runs_cover_all_blocks_in_order(
         assert 0 < sum(run.size for run in runs) <= limit_bytes
         taken += runs
         turn += 1
-    moved = [(run.source + at, run.target + at) for run in taken for at in range(run.size)]
+    moved = [(run.here + at, run.there + at) for run in taken for at in range(run.size)]
     assert moved == [
         (here * block_bytes + at, there * block_bytes + at) for here, there in blocks for at in range(block_bytes)
     ]

@@ -1,7 +1,8 @@
 """A process that connects to a region and then does as it is told, a line of stdin at a time.
 
 `python -m tests.transport.writing_peer OFFER TOKEN WRITER`, the offer as msgpack in hexadecimal. Its own region, as
-large, is full of 7. It answers each line with one; errors with their class.
+large, is full of 7. It answers each line with one: errors with their class, "holds N" with whether it has a byte of
+that.
 """
 
 from __future__ import annotations
@@ -28,19 +29,26 @@ async def stream(pipe: Pipe, everything: list[tuple[BlockId, BlockId]]) -> None:
         await pipe.flush()
 
 
+async def read_for_ever(pipe: Pipe, everything: list[tuple[BlockId, BlockId]]) -> None:
+    while True:
+        pipe.read(everything)
+        await pipe.flush()
+
+
 async def obey(command: str, pipe: Pipe, blocks: int) -> None:
+    """Streams and reads for ever say nothing before they fail."""
     everything = [(BlockId(number), BlockId(number)) for number in range(blocks)]
     match command:
         case "write":
             pipe.write(everything)
         case "flush":
             await pipe.flush()
-        case "read for ever":
-            while True:
-                pipe.read(everything)
-                await pipe.flush()
-        case "stream":  # says nothing before it fails
+        case "read":
+            pipe.read(everything)
+        case "stream":
             await stream(pipe, everything)
+        case "read for ever":
+            await read_for_ever(pipe, everything)
         case _:
             raise ValueError(command)
 
@@ -56,6 +64,9 @@ async def main(offer_hex: str, token: str, writer: str) -> None:
         async with transport.connect(offer, source, writer, "r", lambda: None) as pipe:
             print("connected", file=ANSWERS, flush=True)
             while (command := sys.stdin.readline().strip()) not in ("leave", ""):  # its bytes move on another thread
+                if command.startswith("holds "):
+                    print(bytes([int(command[6:])]) in bytes(source.buffer), file=ANSWERS, flush=True)
+                    continue
                 try:
                     await obey(command, pipe, offer.blocks)
                     print("done", file=ANSWERS, flush=True)
