@@ -1006,7 +1006,7 @@ async def raw_owner(answer: bytes) -> AsyncIterator[int]:
         while await loop.sock_recv(sock, MIB):
             pass
 
-    with tcp_frames.new_socket(socket.AF_INET) as listener:
+    with sockets.new_socket(socket.AF_INET) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         async with auth.admitting(listener, TOKEN, tcp_frames.PURPOSE, serve):
