@@ -164,6 +164,7 @@ def measure(way: Way, plan: Sequence[Case]) -> dict[str, float]:
     here, there = context.Pipe()
     process = context.Process(target=way.serve, args=(there, size_bytes), daemon=True)
     process.start()
+    there.close()  # so that its death is noticed
     source = noise(size_bytes)
     seconds = {}
     with way.reaching(here.recv(), source) as prepare:

@@ -23,6 +23,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -273,6 +274,9 @@ async def _new_agent(options: Options) -> _Agent:
         raise MissingExtra(
             f"the nixl transport needs NIXL ({error}): pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1"
         ) from error
+    for handler in logging.getLogger("nixl").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # standard output is what scripts read
     # Its own progress thread spins, which starves the workers of a small host.
     config = nixl.nixl_agent_config(backends=list(options.backends), enable_prog_thread=False)
     return _Agent(nixl.nixl_agent(f"penstock-{clock.nonce(8).hex()}", config))

@@ -1,6 +1,7 @@
 """Thousands of seeded fault schedules of the hand-over: every answer is right, everybody hears, nothing leaks.
 
-python -m pytest tests/sim/test_storms.py              all of them
+python -m pytest tests/sim/test_storms.py              2,000 of them
+PENSTOCK_STORMS=100000 python -m pytest tests/sim/test_storms.py                as many as that
 PENSTOCK_STORM=1234 python -m pytest tests/sim/test_storms.py -k one_storm      one alone
 """
 
@@ -26,7 +27,7 @@ from penstock.sim.faults import Weather
 from penstock.sim.loop import run_virtual
 from penstock.sim.world import Answer, Shape, World
 
-STORMS, BATCH = 2_000, 50
+STORMS, BATCH = int(os.environ.get("PENSTOCK_STORMS", "2000")), 50
 
 NAMES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
