@@ -355,6 +355,8 @@ def reaching_nixl(reach: tuple[bytes, int], source: Bytes) -> Iterator[Prepare]:
 
 # Mooncake
 
+MOONCAKE_BATCH = 1024  # of several thousand ranges at once it says -1
+
 
 def mooncake_engine() -> Any:
     from mooncake.engine import TransferEngine
@@ -384,10 +386,13 @@ def reaching_mooncake(reach: tuple[int, int], source: Bytes) -> Iterator[Prepare
         here = [source.ctypes.data + first for first, _, _ in case.ranges]
         there = [target + first for _, first, _ in case.ranges]
         sizes = [size for _, _, size in case.ranges]
+        address = f"127.0.0.1:{port}"
 
         def move() -> None:
-            if code := engine.batch_transfer_sync_write(f"127.0.0.1:{port}", here, there, sizes):
-                raise SystemExit(f"{case.name}: Mooncake says {code}")
+            for first in range(0, len(sizes), MOONCAKE_BATCH):
+                part = slice(first, first + MOONCAKE_BATCH)
+                if code := engine.batch_transfer_sync_write(address, here[part], there[part], sizes[part]):
+                    raise SystemExit(f"{case.name}: Mooncake says {code}")
 
         return move
 
