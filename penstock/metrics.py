@@ -49,6 +49,7 @@ class ModelMetrics:
         self.prefill_s = Histogram(REQUEST_S)
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.stream_moves = 0
         self.finished: dict[str, int] = {}  # by reason
 
 
@@ -103,15 +104,19 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
         yield family
     prompt = CounterMetricFamily("penstock_prompt_tokens", "Tokens of prompts", labels=["model_name"])
     output = CounterMetricFamily("penstock_generation_tokens", "Tokens generated", labels=["model_name"])
+    moves = CounterMetricFamily(
+        "penstock_stream_moves", "Streams that went on at another worker", labels=["model_name"]
+    )
     success = CounterMetricFamily(
         "penstock_request_success", "Requests that ended well", labels=["model_name", "finished_reason"]
     )
     for model, series in metrics.models.items():
         prompt.add_metric([model], series.prompt_tokens)
         output.add_metric([model], series.generation_tokens)
+        moves.add_metric([model], series.stream_moves)
         for reason, times in series.finished.items():
             success.add_metric([model, reason], times)
-    yield from (prompt, output, success)
+    yield from (prompt, output, moves, success)
     errors = CounterMetricFamily("penstock_request_errors", "Requests that failed", labels=["code"])
     for code, times in metrics.errors.items():
         errors.add_metric([code], times)

@@ -153,6 +153,7 @@ class Answer:
         self.record.finish_reason = reason
         self.record.timeline = timeline
         self._series.e2e_s.observe(now() - self.arrived_s)
+        self._series.stream_moves += timeline.moves
         metrics.count(self._series.finished, reason)
         started_s, ended_s = timeline.prefill_started_s, timeline.prefill_ended_s
         if started_s is not None and ended_s is not None:

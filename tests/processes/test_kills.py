@@ -151,7 +151,7 @@ def test_a_rolling_restart_loses_no_stream() -> None:
                 assert answer.choices[0].text == expected_text(prompt, 1_500)
                 assert answer.usage is not None and answer.usage.completion_tokens == 1_500
                 moves += int(str(timeline(answer).get("moves", 0)))
-            assert moves >= 4
+            assert moves >= 4 and await server.metric("penstock_stream_moves_total") == moves
             await server.wait_at_rest()
 
     run(story(), timeout_s=60)

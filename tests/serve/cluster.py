@@ -17,6 +17,7 @@ from penstock.serve.router import Router
 from penstock.serve.rpc import Endpoint
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.tokens import pack
+from penstock.transport.api import Transport
 from penstock.transport.memory import MemoryHub, MemoryTransport, heap_region
 from penstock.wire.memory import MemoryNetwork
 
@@ -78,9 +79,16 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    engines: Mapping[str, tuple[Role, Engine]], policy: Route, options: WorkerOptions, kv_blocks: int
+    engines: Mapping[str, tuple[Role, Engine]],
+    policy: Route,
+    options: WorkerOptions,
+    kv_blocks: int,
+    transports: Mapping[str, Transport] | None = None,
 ) -> AsyncIterator[Cluster]:
-    """One worker for each engine. `options` apply to all, names and addresses are made here."""
+    """One worker for each engine. `options` apply to all, names and addresses are made here.
+
+    KV is in one memory, unless each worker has a transport of its own.
+    """
     network, hub, discovery = MemoryNetwork(), MemoryHub(), MemoryDiscovery(ttl_s=3600)
     workers: dict[str, Worker] = {}
     regions: dict[str, Region] = {}
@@ -102,7 +110,13 @@ async def cluster(
                 async with heap_region(owner, epoch, layout, blocks) as regions[owner]:
                     yield regions[owner]
 
-            worker = Worker(own, engine, {"memory": network.wire(name)}, new_region, [MemoryTransport(hub)])
+            worker = Worker(
+                own,
+                engine,
+                {"memory": network.wire(name)},
+                new_region,
+                [(transports or {}).get(name) or MemoryTransport(hub)],
+            )
             workers[name] = await stack.enter_async_context(worker)
             await _announce(stack, discovery, worker.member)
         endpoint = await stack.enter_async_context(Endpoint({"memory": network.wire("frontend")}, "", {}))

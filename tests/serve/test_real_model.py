@@ -13,12 +13,14 @@ torch = pytest.importorskip("torch")
 
 from penstock.engine.embedded import EmbeddedEngine, Options  # noqa: E402
 from penstock.policy.batching import Limits  # noqa: E402
-from penstock.request import Sampling, Token  # noqa: E402
+from penstock.request import Finish, Request, Sampling, Token  # noqa: E402
 from penstock.serve.prefill import PrefillOptions  # noqa: E402
 from penstock.serve.worker import WorkerOptions  # noqa: E402
+from penstock.tokens import pack  # noqa: E402
+from penstock.transport.tcp import TcpTransport  # noqa: E402
 from tests.engine.embedded.driver import generated, prompts  # noqa: E402
 from tests.models import VOCABULARY, make_model  # noqa: E402
-from tests.serve.cluster import Cluster, by_turns, cluster, through  # noqa: E402
+from tests.serve.cluster import MODEL, Cluster, by_turns, cluster, through  # noqa: E402
 from tests.support import run  # noqa: E402
 
 SMALL_STEPS = WorkerOptions("", 0, limits=Limits(step_tokens=32), prefill=PrefillOptions(chunk_tokens=32))
@@ -84,6 +86,49 @@ def test_tokens_equal_generate(model: Path, route: str) -> None:
 
     outputs = run(story(), timeout_s=120)
     assert [ids(output) for output in outputs] == [generated(model, prompt, TOKENS) for prompt in wanted]
+
+
+def test_tokens_equal_generate_where_kv_crosses_a_network(model: Path) -> None:
+    wanted = prompts(7, 40, 61, 33, 90)
+    wanted += [[*wanted[4][:48], 5, 6, 7]]
+
+    async def story() -> list[list[Token]]:
+        async with TcpTransport("token") as there, TcpTransport("token") as here:
+            ways = {"p": there, "d": here}
+            async with cluster(engines(model), ROUTES["mixed"], SMALL_STEPS, 80, ways) as site:
+                outputs = await stagger(site, wanted, greedy())
+                assert site.workers["d"].load().copied_bytes > 0
+                site.check_all_free()
+                return outputs
+
+    outputs = run(story(), timeout_s=120)
+    assert [ids(output) for output in outputs] == [generated(model, prompt, TOKENS) for prompt in wanted]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("after", [1, 7, 15])
+def test_a_stream_that_moves_is_the_undisturbed_one(model: Path, after: int, temperature: float) -> None:
+    (prompt,) = prompts(50)
+    sampling = Sampling(max_tokens=TOKENS, temperature=temperature, seed=11, ignore_eos=True, logprobs=2)
+
+    async def story(after: int | None) -> tuple[list[Token], Finish]:
+        route = by_turns(REMOTE, through("p", "p"))
+        async with cluster(engines(model), route, SMALL_STEPS, kv_blocks=80) as site:
+            tokens: list[Token] = []
+            async with site.router.generate(Request("r", MODEL, pack(prompt), sampling)) as stream:
+                while True:
+                    fresh, finish = await stream.read()
+                    if after is not None and len(tokens) < after <= len(tokens) + len(fresh):
+                        stream.move()
+                    tokens += fresh
+                    if finish is not None:
+                        return tokens, finish
+
+    (intact, _), (moved, finish) = run(story(None), 60), run(story(after), 60)
+    assert ids(moved) == ids(intact)
+    assert [token.logprob for token in moved] == pytest.approx([token.logprob for token in intact], abs=1e-4)
+    assert finish.timeline.output_tokens == TOKENS and finish.timeline.prompt_tokens == len(prompt)
+    assert (finish.timeline.moves, finish.timeline.decode_worker) == (1, "p")
 
 
 def test_a_pool_too_small_for_everybody_changes_nothing(model: Path) -> None:
