@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from random import Random
 
 from penstock import clock
@@ -18,22 +17,9 @@ from penstock.policy.routing.api import Route, Wiring
 from penstock.policy.routing.roster import Roster
 from penstock.request import Plan, Request
 from penstock.serve.rpc import Endpoint
-from penstock.serve.stream import Stream
+from penstock.serve.stream import Stream, StreamOptions
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RouterOptions:
-    """`attempts` workers are tried for the next token; a worker that lost a request is avoided for `avoid_s`.
-
-    In mid-stream a request waits up to `wait_s` for a worker that takes it, and is moved `moves` times at most.
-    """
-
-    attempts: int = 3
-    avoid_s: float = 2.0
-    wait_s: float = 15.0
-    moves: int = 32
 
 
 class Router:
@@ -48,7 +34,7 @@ class Router:
         endpoint: Endpoint,
         rng: Random,
         policy: Route = pairs.route,
-        options: RouterOptions = RouterOptions(),
+        options: StreamOptions = StreamOptions(),
         wiring: Wiring | None = None,
     ) -> None:
         self.options = options

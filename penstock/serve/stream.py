@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -27,11 +29,8 @@ from penstock.errors import (
 )
 from penstock.request import Finish, Plan, Progress, Request, Timeline, Token
 from penstock.serve.decode import GenerateAsk, Output, decode_output
-from penstock.serve.rpc import Call
+from penstock.serve.rpc import Call, Endpoint
 from penstock.tokens import pack
-
-if TYPE_CHECKING:
-    from penstock.serve.router import Router
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +39,57 @@ NO_EPOCH = -1
 _TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s", "ended_s")
 
 
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """`attempts` workers are tried for the next token; a worker that lost a request is avoided for `avoid_s`.
+
+    In mid-stream a request waits up to `wait_s` for a worker that takes it, and is moved `moves` times at most.
+    """
+
+    attempts: int = 3
+    avoid_s: float = 2.0
+    wait_s: float = 15.0
+    moves: int = 32
+
+
+class Choices(Protocol):
+    """What a stream needs of its router."""
+
+    options: StreamOptions
+    endpoint: Endpoint
+
+    def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
+        """Chooses and books. Raises NoWorker, UnknownModel."""
+        ...
+
+    def prefilled(self, request: Request) -> None:
+        """The first token came."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """The request is on no worker any more."""
+        ...
+
+    def avoid(self, standing: Standing) -> None:
+        """A worker just lost a request: prefer others for a moment."""
+        ...
+
+    def standings(self) -> Mapping[str, Standing]:
+        """Live workers by name."""
+        ...
+
+    async def wait_change(self) -> None:
+        """Returns when somebody came, left, or reported."""
+        ...
+
+
 class Stream:
     """See `Router.generate`."""
 
     _standing: Standing  # set by _choose, as is _plan
     _plan: Plan
 
-    def __init__(self, router: Router, request: Request) -> None:
+    def __init__(self, router: Choices, request: Request) -> None:
         self._router = router
         self._request = request
         self._output = bytearray()  # packed; what `read` has returned
