@@ -45,6 +45,7 @@ from penstock.transport.tcp import Options, TcpTransport
 PROMPT, CHUNK = 8192, 512
 KV_BYTES, SIMULATED_KV_BYTES = 320 << 10, 16  # a token
 PREFILL_TOKENS_PER_S = 28_000
+INCOMING_BYTES = LendOptions().incoming_bytes
 STEP_S = 1e-4  # of a step beside its tokens: a prompt in 16 steps takes about as long as in one
 
 TOKEN = "bench"
@@ -80,15 +81,18 @@ def simulated() -> Iterator[Row]:
             is_faster = link_gb_per_s * 1e9 / writers > KV_BYTES * PREFILL_TOKENS_PER_S
             aim = 1.5 / (PROMPT // CHUNK) if is_faster else None
             yield Row(name, streamed, "", "not streamed", whole, aim, aim_is_for_value=True)
+    shared = run_virtual(exposed(8, 10, CHUNK, incoming_bytes=1 << 50))
+    streamed = run_virtual(exposed(8, 10, CHUNK))
+    yield Row("the same, 8 to 1, 10 GB/s: one after the other", streamed, "", "side by side", shared, 1.0)
 
 
-async def exposed(writers: int, link_gb_per_s: float, chunk: int) -> float:
+async def exposed(writers: int, link_gb_per_s: float, chunk: int, incoming_bytes: int = INCOMING_BYTES) -> float:
     """Mean over as many prompts as writers, all at once."""
     worker = WorkerOptions(
         *("", 0),
         limits=Limits(step_tokens=chunk),
         prefill=PrefillOptions(chunk_tokens=chunk),
-        lend=LendOptions(incoming_bytes=LendOptions().incoming_bytes * SIMULATED_KV_BYTES // KV_BYTES),
+        lend=LendOptions(incoming_bytes=incoming_bytes * SIMULATED_KV_BYTES // KV_BYTES),
     )
     shape = Shape(
         prefill=writers,

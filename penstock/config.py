@@ -118,7 +118,7 @@ class ListenSettings:
     """What clients must send as their key. Better set PENSTOCK_API_KEY: command lines can be seen by others."""
 
     join_host: str = "127.0.0.1"
-    """Address for workers that join; they need PENSTOCK_TOKEN."""
+    """Address for workers that join; they need PENSTOCK_TOKEN. KV crosses hosts if it is one that they can dial."""
 
     join_port: int | None = None
     """Port for workers that join; by default the next after --port."""

@@ -83,7 +83,7 @@ def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.sock
 def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str]) -> Iterator[Job]:
     flags = {"join": join, "engine": config.engine.engine, "kv-gib": config.kv.kv_gib, "lease-s": config.kv.lease_s}
     flags |= {f"engine-option.{name}": value for name, value in engine_options.items()}
-    if not sockets.is_loopback(config.listen.join_host):
+    if sockets.is_dialable(config.listen.join_host):
         flags["host"] = config.listen.join_host  # workers that join from elsewhere must reach these
     if config.kv.domain:
         flags["domain"] = config.kv.domain

@@ -27,6 +27,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_dialable(host: str) -> bool:
+    """Whether other hosts can reach this one at this address: neither loopback nor all addresses at once."""
+    try:
+        return not is_loopback(host) and not ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return True  # a name
+
+
 def listen_at_both(listen: ListenSettings) -> tuple[socket.socket, socket.socket]:
     """The listening sockets for clients and for workers. Raises UnsafeBind, AddressInUse or SetupError."""
     check_exposure(listen)

@@ -47,6 +47,21 @@ def test_addresses_are_split(text: str, parts: tuple[str, int]) -> None:
     assert sockets.split_address(text) == parts
 
 
+@pytest.mark.parametrize(
+    ("host", "is_dialable"),
+    [
+        ("10.0.0.1", True),
+        ("node7", True),
+        ("127.0.0.1", False),
+        ("localhost", False),
+        ("0.0.0.0", False),
+        ("::", False),
+    ],
+)
+def test_where_other_hosts_can_reach_this_one(host: str, is_dialable: bool) -> None:
+    assert sockets.is_dialable(host) == is_dialable
+
+
 def test_our_address_on_the_way() -> None:
     assert sockets.address_towards("127.0.0.1:8001") == "127.0.0.1"
     assert sockets.address_towards("") == "127.0.0.1"
