@@ -15,6 +15,7 @@ from penstock.serve.handoff import (
     Done,
     Fetch,
     Fetched,
+    First,
     Granted,
     Held,
     Kept,
@@ -47,6 +48,7 @@ class Job:
     error: PenstockError | None = None
     asked_tokens: int = 0
     granted: Granted | None = None
+    is_first_told: bool = False
     is_refused: bool = False
     progress: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,7 +97,14 @@ class Job:
         """The first grant after Begin; False if there is none, since the asker has no room."""
         while self.granted is None and not self.is_refused:
             await self.wait_progress()
+            self.tell_first()
         return self.granted is not None
+
+    def tell_first(self) -> None:
+        """Sends the first token as soon as it is there, once."""
+        if self.first is not None and not self.is_first_told:
+            self.is_first_told = True
+            self.call.send(First(self.first))
 
     def ask_ahead(self, run: Run, chunk_tokens: int) -> None:
         """Asks for the blocks of the chunk after the next one, so that the answer is here before it is needed."""

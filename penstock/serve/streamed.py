@@ -18,7 +18,7 @@ from penstock.blocks import BlockId, Region
 from penstock.errors import ConnectionLost, Refused
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Token
-from penstock.serve.handoff import Begin, First, Wrote
+from penstock.serve.handoff import Begin, Wrote
 from penstock.serve.job import Job
 from penstock.serve.paths import Conduit, Paths
 from penstock.serve.resident import Resident
@@ -104,7 +104,7 @@ class Streamer:
                 await conduit.flush()
                 through.release()
                 self._stepper.wake()
-        job.call.send(First(job.first))
+        job.tell_first()
         while not (through.push(conduit) and conduit.is_at_rest):  # blocks are granted later than they are computed
             job.ask_ahead(run, self._chunk_tokens)
             await self._wait_progress(job, run, conduit)

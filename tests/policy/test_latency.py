@@ -79,7 +79,7 @@ def worst_error(model: StepModel, truth: StepModel = TRUTH) -> float:
 @settings(max_examples=25, deadline=None)
 def test_a_batch_fit_finds_the_prices(truth: tuple[float, ...], seed: int) -> None:
     model = StepModel(Line(truth, CERTAIN))
-    seen = observations(model, 150, seed, noise=0.03)
+    seen = observations(model, 600, seed, noise=0.03)
     assert worst_error(fit_steps(*map(list, zip(*seen, strict=True))), model) < 0.1
 
 

@@ -24,7 +24,7 @@ from penstock.serve.router import Router
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
 from penstock.serve.stream import Stream
-from penstock.serve.streamed import Streamer, _WriteThrough
+from penstock.serve.streamed import _WriteThrough
 from penstock.sim import transport as fabric
 from penstock.sim.transport import _Export, _Pipe
 from penstock.tokens import unpack
@@ -196,17 +196,14 @@ def preempted_prefills_keep_what_they_sent(patch: pytest.MonkeyPatch) -> None:
 
 def no_token_from_who_computes_before_it_is_granted_blocks(patch: pytest.MonkeyPatch) -> None:
     """All is computed when the first blocks are granted, and the first token is forgotten."""
-    stream = Streamer._stream
+    tell_first = Job.tell_first
 
-    async def stream_alone(self: Streamer, job: Job, through: _WriteThrough, conduit: Conduit) -> None:
-        if job.first is None:
-            await stream(self, job, through, conduit)
-            return
-        while not through.push(conduit):
-            await job.wait_progress()
-        await conduit.flush()
+    def tell_first_if_granted(self: Job) -> None:
+        if self.first is not None and self.granted is None:
+            self.is_first_told = True
+        tell_first(self)
 
-    patch.setattr(Streamer, "_stream", stream_alone)
+    patch.setattr(Job, "tell_first", tell_first_if_granted)
 
 
 def fetched_blocks_are_kept_unasked(patch: pytest.MonkeyPatch) -> None:
@@ -297,8 +294,8 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
     preempted_prefills_keep_what_they_sent: partial(
         streamed.test_a_prefill_that_is_preempted_is_not_in_its_own_way, bytes_per_s=1_000
     ),
-    no_token_from_who_computes_before_it_is_granted_blocks: partial(
-        stories.test_a_frozen_decode_worker_holds_up_no_prefill_but_its_own, is_streamed=True
+    no_token_from_who_computes_before_it_is_granted_blocks: (
+        streamed.test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_first
     ),
     first_token_binds_nobody: partial(
         streamed.test_prefill_killed_after_the_first_token_the_stream_goes_on_with_it, others=()

@@ -458,6 +458,7 @@ def test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_fi
                 await asyncio.sleep(0.05)
             answers = [await task for task in asking]
             assert all(timeline_of(answer).path == "streamed" for answer in answers)
+            assert max(answer.ttft_s for answer in answers) < 0.2  # no first token waits for others' KV
             ended = sorted(answer.ended_s for answer in answers)
             assert ended[0] < 6 and 23 < ended[-1] < 26  # 4 s each, one after the other; side by side all take 24 s
             await world.settle()
