@@ -64,6 +64,7 @@ async def stormy(seed: int) -> list[Answer]:
             misfortune(rng, world)
         await clear_up(world)
         await asyncio.wait(asking)
+        await world.router.wait_ready(len(NAMES))
         await world.settle()
         again = await asyncio.gather(*(world.ask(prompt, max_tokens=2) for prompt in prompts))
         assert all(answer.is_whole for answer in again), "fair weather, and not answered"
