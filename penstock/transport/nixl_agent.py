@@ -188,8 +188,8 @@ def _library() -> Any:
         nixl = import_module("nixl._api")
     except ImportError as error:
         raise MissingExtra(
-            f"the nixl transport needs NIXL ({error}): pip install 'penstock[nixl]', which brings CUDA's libraries, "
-            "or without them pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1"
+            f"the nixl transport needs NIXL ({error}): pip install 'penstock[nixl]', or, beside torch and for one "
+            "version of CUDA alone, pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1"
         ) from error
     logging.raiseExceptions = raises  # it sets this, and logs to standard output, which scripts read
     own_log = logging.getLogger("nixl")

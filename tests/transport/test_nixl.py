@@ -328,6 +328,22 @@ def test_an_owner_that_leaves_stops_its_writers_first(way: str) -> None:
     run(story())
 
 
+@needs_nixl
+def test_an_owner_that_leaves_does_not_wait_long_for_a_frozen_writer(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            async with exporting(Options(hello_s=2)) as exported:
+                peer = await stack.enter_async_context(peer_of(exported))
+                peer.process.send_signal(signal.SIGSTOP)
+                waiting = asyncio.create_task(exported.fence(WRITER, "r"))
+                await assert_pending(waiting)
+            with pytest.raises(asyncio.CancelledError):  # that is no answer
+                await waiting
+
+    run(story())
+    assert "a writer did not stop as d withdrew its region" in caplog.text
+
+
 # Who is stuck
 
 
