@@ -205,6 +205,7 @@ class Reclaimer:
                 done, _ = await asyncio.wait((asking, gone), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # what raises proves nothing
+            await self._shared.fence_off(lease.writer, transfer)  # it stopped, but bytes may still be on their way
         finally:
             asking.cancel()
             gone.cancel()

@@ -178,7 +178,7 @@ class Shared:
     async def fence_off(self, writer: str, transfer: str) -> None:
         """Of a transfer that its writer has left: what is still on its way does not arrive any more."""
         for name, exported in self._exports.items():
-            if self._limits[name].is_fenced:
+            if not self._limits[name].is_in_place:  # who computes in place stays attached
                 await exported.fence(writer, transfer)
 
     def kill(self, writer: str) -> None:

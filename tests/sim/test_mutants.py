@@ -233,6 +233,7 @@ def a_way_that_was_left_is_not_fenced_off(patch: pytest.MonkeyPatch) -> None:
         return
 
     patch.setattr(Shared, "fence", fence)
+    patch.setattr(Shared, "fence_off", fence)
 
 
 def the_last_token_is_forgotten(patch: pytest.MonkeyPatch) -> None:
