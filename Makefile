@@ -51,6 +51,6 @@ clean:
 .venv-nixl/.made: .venv/.dev
 	@$(PYTHON) -m venv .venv-nixl
 	@.venv-nixl/bin/pip install --disable-pip-version-check --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1
-	@$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	@$(BIN)/python -c "import os, site; print(site.getsitepackages()[0], os.getcwd(), sep='\n')" \
 		> "$$(.venv-nixl/bin/python -c 'import site; print(site.getsitepackages()[0])')/penstock.pth"
 	@touch $@
