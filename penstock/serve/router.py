@@ -106,9 +106,11 @@ class Router:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
         fleet = roster.fleet(avoid, self._avoided())
-        ask, hashes = roster.ask(request)
+        ask, found = roster.ask(request)
         choice = self._policy(clock.now(), ask, fleet, self._rng)
-        roster.book(request.id, ask, hashes, choice)
+        if roster.corrects(ask, found, choice):
+            choice = self._policy(clock.now(), ask, fleet, self._rng)
+        roster.book(request.id, ask, found, choice)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
@@ -116,12 +118,12 @@ class Router:
     def prefilled(self, request: Request) -> None:
         """The first token came."""
         if (roster := self._rosters.get(request.model)) is not None:
-            roster.ledger.prefilled(request.id)
+            roster.prefilled(request.id, clock.now())
 
     def release(self, request: Request) -> None:
         """The request is on no worker any more."""
         if (roster := self._rosters.get(request.model)) is not None:
-            roster.ledger.release(request.id)
+            roster.release(request.id, clock.now())
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""
