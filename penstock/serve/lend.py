@@ -45,6 +45,8 @@ from penstock.serve.stepper import Stepper
 
 log = logging.getLogger(__name__)
 
+_SIDE_BY_SIDE = 2  # writers that may share what is on its way
+
 _decode_nothing = msgspec.msgpack.Decoder(None).decode
 
 
@@ -54,7 +56,7 @@ class LendOptions:
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
     While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted for copies:
-    enough to keep a fast link busy, and so little that those who came first are soon done.
+    enough to keep a fast link busy, and so little that those who lack least are soon done.
     """
 
     lease_s: float = 5.0
@@ -113,21 +115,29 @@ class Lender:
             self._grant(borrowing, lease, borrowing.wanted_blocks)
 
     def share_out(self) -> None:
-        """Grants what writers over the wire wait for, as far as there is room on it: first come, first served."""
-        line = [borrowing for borrowing in self._lent.values() if borrowing.transfer]
+        """Grants what writers over the wire wait for, as far as there is room on it: who lacks least comes first.
+
+        Nobody takes more of the room than a part of it, for a writer may be slow for reasons of its own. Who lacks less
+        than that part never waits for others.
+        """
+        line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
+        most = self.options.incoming_bytes // self.layout.block_bytes
+        part = max(1, most // _SIDE_BY_SIDE)
         for borrowing in line:
-            room = max(self.options.incoming_bytes // self.layout.block_bytes - incoming, 0 if incoming else 1)
-            more = min(borrowing.wanted_blocks - borrowing.granted_blocks, room)
+            more = borrowing.wanted_blocks - borrowing.granted_blocks
             if borrowing.lease is None or more <= 0:
-                if room <= 0:
-                    return
                 continue
+            before = borrowing.incoming_blocks
+            if incoming and borrowing.lacking_blocks > part:
+                more = min(more, most - incoming, part - before)
+                if more <= 0:
+                    continue
             try:
                 self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)
             except PenstockError as error:
                 borrowing.call.fail(error)
-            incoming += more
+            incoming += borrowing.incoming_blocks - before
 
     def _grant(self, borrowing: Borrowing, lease: Lease, blocks: int) -> None:
         """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
@@ -260,6 +270,11 @@ class Borrowing:
     @property
     def granted_blocks(self) -> int:
         return len(self.lease.blocks) if self.lease is not None else 0
+
+    @property
+    def lacking_blocks(self) -> int:
+        """Of the whole prompt, not here yet."""
+        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.moved_blocks
 
     @property
     def incoming_blocks(self) -> int:
