@@ -117,22 +117,20 @@ class Lender:
     def share_out(self) -> None:
         """Grants what writers over the wire wait for, as far as there is room on it: who lacks least comes first.
 
-        Nobody takes more of the room than a part of it, for a writer may be slow for reasons of its own. Who lacks less
-        than that part never waits for others.
+        Nobody takes more of the room than a part of it, for a writer may be slow for reasons of its own; before it has
+        computed anything, a part is granted as well. Who lacks less than that never waits for others.
         """
         line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
         most = self.options.incoming_bytes // self.layout.block_bytes
         part = max(1, most // _SIDE_BY_SIDE)
         for borrowing in line:
-            more = borrowing.wanted_blocks - borrowing.granted_blocks
+            more, before = borrowing.wanted_blocks - borrowing.granted_blocks, borrowing.incoming_blocks
+            if borrowing.lacking_blocks > part:
+                ready = borrowing.computed_blocks - borrowing.granted_blocks
+                more = min(more, most - incoming, part - before) if ready > 0 else min(more, part + ready)
             if borrowing.lease is None or more <= 0:
                 continue
-            before = borrowing.incoming_blocks
-            if incoming and borrowing.lacking_blocks > part:
-                more = min(more, most - incoming, part - before)
-                if more <= 0:
-                    continue
             try:
                 self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)
             except PenstockError as error:
