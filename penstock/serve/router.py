@@ -105,12 +105,13 @@ class Router:
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        fleet = roster.fleet(avoid, self._avoided())
+        now = clock.now()
+        fleet = roster.fleet(now, avoid, self._avoided())
         ask, found = roster.ask(request)
-        choice = self._policy(clock.now(), ask, fleet, self._rng)
+        choice = self._policy(now, ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
-            choice = self._policy(clock.now(), ask, fleet, self._rng)
-        roster.book(request.id, ask, found, choice)
+            choice = self._policy(now, ask, fleet, self._rng)
+        roster.book(request.id, ask, found, choice, now)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
@@ -119,6 +120,11 @@ class Router:
         """The first token came."""
         if (roster := self._rosters.get(request.model)) is not None:
             roster.prefilled(request.id, clock.now())
+
+    def moved(self, request: Request) -> None:
+        """The second token came."""
+        if (roster := self._rosters.get(request.model)) is not None:
+            roster.moved(request.id)
 
     def release(self, request: Request) -> None:
         """The request is on no worker any more."""
@@ -146,6 +152,7 @@ class Router:
         ]
 
     def _update(self, fleet: dict[str, Standing]) -> None:
+        now = clock.now()
         self._fleet = fleet
         models: dict[str, dict[str, Standing]] = {}
         for name, standing in fleet.items():
@@ -153,7 +160,7 @@ class Router:
         for model in [model for model in self._rosters if model not in models]:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
         for model, standings in models.items():
-            self._rosters.setdefault(model, Roster(self._wiring)).update(standings)
+            self._rosters.setdefault(model, Roster(self._wiring)).update(standings, now)
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.
