@@ -13,8 +13,9 @@ from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
 from penstock.errors import UnknownModel
 from penstock.policy.routing import pairs
-from penstock.policy.routing.api import Route, Wiring
+from penstock.policy.routing.api import Route
 from penstock.policy.routing.roster import Roster
+from penstock.policy.routing.ways import Wiring
 from penstock.request import Plan, Request
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
