@@ -152,7 +152,7 @@ class Paths:
         return failure is not None and failure.until_s > clock.now()
 
     def _expect_s(self, offer: Offer, blocks: int) -> float:
-        return self._fit(offer).model.seconds(blocks * offer.layout.block_bytes, blocks)
+        return self._fit(offer).seconds(blocks * offer.layout.block_bytes, blocks)
 
     def _fit(self, offer: Offer) -> TransferFit:
         key = (offer.owner, offer.transport)
