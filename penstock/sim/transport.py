@@ -186,15 +186,16 @@ class _Pipe:
         self._on_moved = on_moved
         self._why = ""  # it was closed
         self._latency_s = 0.0
+        self._block_bytes = source.layout.block_bytes
         self._ways: dict[bool, _Way] = {}  # to the owner, and from there
         self._busy_s = 0.0
         self._began_s: float | None = None  # when there was something to move, after there was nothing
 
     @property
     def moved(self) -> Moved:
-        written = self._ways[True].landed_blocks if True in self._ways else 0
-        blocks = sum(way.landed_blocks for way in self._ways.values())
-        return Moved(written, blocks * self._source.layout.block_bytes, self._busy_s, blocks)
+        landed = {is_write: way.landed_blocks for is_write, way in self._ways.items()}
+        blocks = sum(landed.values())
+        return Moved(landed.get(True, 0), blocks * self._block_bytes, self._busy_s, blocks)
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
         self._move(True, list(blocks))
@@ -252,6 +253,9 @@ class _Way:
         self._on_landed = on_landed
         self._batches: deque[list[tuple[BlockId, BlockId]]] = deque()
         self._landing: asyncio.Task[None] | None = None
+        self._landed = asyncio.Event()  # nothing is under way
+        self._landed.set()
+        self._block_bytes = source.layout.block_bytes
         self._stored_blocks = 0
         self._due_bytes = 0  # with the block, or the batch, that lands next
 
@@ -259,7 +263,7 @@ class _Way:
     def landed_blocks(self) -> int:
         if self._target.buffer is not None:
             return self._stored_blocks
-        return int(self._flow.sent_bytes(clock.now()) + HALF_A_BYTE) // self._source.layout.block_bytes
+        return int(self._flow.sent_bytes(clock.now()) + HALF_A_BYTE) // self._block_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -267,16 +271,18 @@ class _Way:
 
     def add(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
         self._batches.append(blocks)
-        self._flow.write(len(blocks) * self._source.layout.block_bytes)
-        self._landing = self._landing or asyncio.ensure_future(self._land())
+        self._flow.write(len(blocks) * self._block_bytes)
+        if self._landed.is_set():
+            self._landed.clear()
+            self._landing = asyncio.ensure_future(self._land())
 
     async def wait_landed(self, owner: str) -> None:
         """Returns when nothing is under way, or none will arrive. Raises ConnectionLost if for long no byte moves."""
         sent = -1.0
-        while self._landing is not None:
+        while not self._landed.is_set():
             try:
                 async with asyncio.timeout(STALLED_S):
-                    await asyncio.shield(self._landing)
+                    await self._landed.wait()
             except TimeoutError:
                 before, sent = sent, self._flow.sent_bytes(asyncio.get_running_loop().time())
                 if sent <= before:
@@ -293,11 +299,11 @@ class _Way:
                 self._on_landed()
         except ConnectionLost:
             pass  # who closed the pipe knows why
-        self._landing = None
+        self._landed.set()
 
     async def _land_batch(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
         """Puts each block into memory when its last byte is there."""
-        source, target, size = self._source.buffer, self._target.buffer, self._source.layout.block_bytes
+        source, target, size = self._source.buffer, self._target.buffer, self._block_bytes
         if source is None or target is None:
             self._due_bytes += len(blocks) * size
             await self._flow.wait_sent(self._due_bytes)
