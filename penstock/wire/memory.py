@@ -134,12 +134,17 @@ class _Flights:
     def __init__(self) -> None:
         self._acts: list[tuple[float, int, Act]] = []
         self._order = count()
+        self._timer_s = -1.0  # for when the last timer was set, if that is still to come
 
     def depart(self, land_s: float, act: Act) -> None:
         heappush(self._acts, (land_s, next(self._order), act))
-        asyncio.get_running_loop().call_at(land_s, self._land, land_s)
+        if land_s != self._timer_s:  # what departs together lands together
+            self._timer_s = land_s
+            asyncio.get_running_loop().call_at(land_s, self._land, land_s)
 
     def _land(self, until_s: float) -> None:
+        if until_s == self._timer_s:
+            self._timer_s = -1.0
         due = []
         while self._acts and self._acts[0][0] <= until_s:
             due.append(heappop(self._acts)[2])
