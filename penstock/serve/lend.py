@@ -83,6 +83,7 @@ class Lender:
         self._stepper = stepper
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
         self.layout = shared.region.layout
+        self._window_blocks = options.incoming_bytes // self.layout.block_bytes
         self._lent: dict[int, Borrowing] = {}
         stepper.on_starved = self._call_off
 
@@ -117,11 +118,11 @@ class Lender:
         line = [borrowing for borrowing in self._lent.values() if borrowing.transfer]
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
         for borrowing in line:
-            room = max(self.options.incoming_bytes // self.layout.block_bytes - incoming, 0 if incoming else 1)
+            room = max(self._window_blocks - incoming, 0 if incoming else 1)
+            if room <= 0:
+                return
             more = min(borrowing.wanted_blocks - borrowing.granted_blocks, room)
             if borrowing.lease is None or more <= 0:
-                if room <= 0:
-                    return
                 continue
             try:
                 self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)

@@ -237,6 +237,11 @@ class Conduit:
         return _sum(self._before, self._pipe.moved) if self._pipe is not None else self._before
 
     @property
+    def moved_blocks(self) -> int:
+        """That part of `moved`."""
+        return self._before.blocks + (self._pipe.moved.blocks if self._pipe is not None else 0)
+
+    @property
     def is_at_rest(self) -> bool:
         """All is in place, or nothing more will be."""
         return self._at_rest.is_set()

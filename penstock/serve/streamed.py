@@ -113,7 +113,7 @@ class Streamer:
     async def _wait_progress(self, job: Job, run: Run, conduit: Conduit) -> None:
         await job.wait_progress()
         conduit.check()
-        job.tell_progress(run.computed, conduit.moved.blocks)
+        job.tell_progress(run.computed, conduit.moved_blocks)
 
     # A prefix that the asker alone holds
 
