@@ -167,6 +167,12 @@ class OnlineFit:
         """What `line` says of these."""
         return dot(self.prices, amounts)
 
+    def recall(self, amounts: Sequence[float]) -> float:
+        """Seconds as of the last solution, at most `_SOLVE_EVERY` measurements ago: it tells outliers, and is free."""
+        return sum(
+            part * scale * amount for part, scale, amount in zip(self._solution, self._scale, amounts, strict=True)
+        )
+
     def _learn_noise(self, error: float) -> None:
         """A running mean of absolute errors, outliers cut; 1.25 of it is a standard deviation (Gauss)."""
         cut = min(error, (OUTLIER + 1) * self._noise)

@@ -56,7 +56,7 @@ class TransferFit:
     def observe(self, size_bytes: float, descriptors: int, seconds: float) -> None:
         """Raises ValueError for a time that is negative or no number."""
         if seconds > 0:
-            off = math.log(seconds / self.seconds(size_bytes, descriptors))
+            off = math.log(seconds / self._fit.recall((1, descriptors, size_bytes)))
             self._drift += DRIFT_GAIN * (off - self._drift)
             if abs(self._drift) > DRIFT:
                 self._start_again(math.exp(self._drift))
