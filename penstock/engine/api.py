@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import msgspec
+
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
@@ -35,8 +37,7 @@ class EngineInfo:
     kv_room_bytes: int = 0  # what its device has left for KV once the model is loaded; 0: host memory, ask the host
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(msgspec.Struct, frozen=True):
     """What one sequence contributes to a step: `tokens`, the first of them at position `start`.
 
     `blocks` is its block table, long enough for `start + len(tokens)` tokens. Positions before `start` have been
