@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import msgspec
-
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
@@ -37,7 +35,8 @@ class EngineInfo:
     kv_room_bytes: int = 0  # what its device has left for KV once the model is loaded; 0: host memory, ask the host
 
 
-class Slice(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Slice:
     """What one sequence contributes to a step: `tokens`, the first of them at position `start`.
 
     `blocks` is its block table, long enough for `start + len(tokens)` tokens. Positions before `start` have been
