@@ -89,6 +89,7 @@ class Lender:
         self._stepper = stepper
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
         self.layout = shared.region.layout
+        self._window_blocks = options.incoming_bytes // self.layout.block_bytes
         self._lent: dict[int, Borrowing] = {}
         self.arrivals = Meter()
         stepper.on_starved = self._call_off
@@ -127,7 +128,7 @@ class Lender:
         """
         line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
-        most = self.options.incoming_bytes // self.layout.block_bytes
+        most = self._window_blocks
         part = max(1, most // min(_SIDE_BY_SIDE, max(1, len(line))))
         is_full = self.arrivals.is_at_peak(clock.now())
         for borrowing in line:
@@ -265,6 +266,8 @@ class Reclaimer:
 class Borrowing:
     """One attempt to have a prompt prefilled at `hop`. `on_first` gets the token after it as soon as that is there."""
 
+    _watch: asyncio.TimerHandle  # for silence; set by _watch_from
+
     def __init__(
         self,
         lender: Lender,
@@ -308,21 +311,17 @@ class Borrowing:
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
-        while True:
-            try:
-                async with asyncio.timeout(self._lender.options.lease_s):
-                    message = await self.call.receive(decode_from_prefill)
-            except TimeoutError:
-                raise WorkerStalled(
-                    f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"
-                ) from None
-            if message is None:
-                raise LeaseLost(f"{self.hop.worker} dropped the prefill")
-            if isinstance(message, Done):
-                return message
-            if isinstance(message, Begin) and not self._begin(message):
-                return None
-            await self._answer(message)
+        self._watch_from(self.call.heard_s)
+        try:
+            while (message := await self.call.receive(decode_from_prefill)) is not None:
+                if isinstance(message, Done):
+                    return message
+                if isinstance(message, Begin) and not self._begin(message):
+                    return None
+                await self._answer(message)
+            raise LeaseLost(f"{self.hop.worker} dropped the prefill")
+        finally:
+            self._watch.cancel()
 
     def commit(self) -> list[BlockId]:
         """The whole block table, owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
@@ -336,6 +335,17 @@ class Borrowing:
         self._release_held()
         if not self._is_committed:
             self._lender.give_back(self)
+
+    def _watch_from(self, heard_s: float) -> None:
+        """Looks once that is `lease_s` ago: one timer for all that is said meanwhile."""
+        delay_s = heard_s + self._lender.options.lease_s - clock.now()
+        self._watch = asyncio.get_running_loop().call_later(delay_s, self._check_heard_since, heard_s)
+
+    def _check_heard_since(self, heard_s: float) -> None:
+        if self.call.heard_s > heard_s:
+            self._watch_from(self.call.heard_s)
+        else:
+            self.call.fail(WorkerStalled(f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"))
 
     def _begin(self, message: Begin) -> bool:
         if self.lease is not None:

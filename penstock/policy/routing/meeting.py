@@ -160,7 +160,8 @@ class Meeting:
     def _need_no_link(self, prefillers: Indices, decoders: int | Indices) -> npt.NDArray[np.bool_]:
         """A worker and itself, and those that compute in one memory."""
         ours, theirs = self._fleet.memory[prefillers], self._fleet.memory[decoders]
-        return (prefillers == decoders) | ((ours == theirs) & (theirs >= 0))
+        needless: npt.NDArray[np.bool_] = (prefillers == decoders) | ((ours == theirs) & (theirs >= 0))
+        return needless
 
     def _of_all(
         self, left: Indices, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves, below_s: float
