@@ -12,12 +12,16 @@ from penstock.clock import now
 from penstock.errors import EngineFailed, PenstockError
 from penstock.request import Finish, FinishReason, Request, Timeline, Token
 from penstock.serve import openai
+from penstock.serve.decisions import Compared, Decided
 from penstock.serve.openai import Ask, Dialect, Heading, Shown, Usage
 from penstock.serve.text import Tokenizer
 
 
 class Record(msgspec.Struct):
-    """What /debug/requests/{id} shows."""
+    """What /debug/requests/{id} shows; the list of /debug/requests has its head. No prompt, and no answer.
+
+    `decisions` are filled in when it is shown; `compared` is of the one that gave the first token.
+    """
 
     id: str
     model: str
@@ -26,6 +30,8 @@ class Record(msgspec.Struct):
     finish_reason: str | None = None
     error: str | None = None
     timeline: Timeline | None = None
+    decisions: list[Decided] = []
+    compared: list[Compared] = []
 
 
 class Answer:

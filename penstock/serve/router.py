@@ -17,6 +17,7 @@ from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Fleet, Route, Wiring
 from penstock.policy.routing.roster import Roster
 from penstock.request import Plan, Request
+from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
@@ -43,10 +44,12 @@ class Router:
         self._discovery = discovery
         self._rng = rng
         self._policy = policy
+        self._policy_name = policy.__module__.rpartition(".")[2]  # by which it is found, see `policy.routing.api`
         self._wiring = wiring
         self._fleet: dict[str, Standing] = {}
         self._rosters: dict[str, Roster] = {}  # by model
         self._liveness = Liveness()
+        self._journal = Journal()
         self._avoid_until_s: dict[tuple[str, int], float] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -71,6 +74,10 @@ class Router:
     def stalled(self) -> Collection[str]:
         """Workers whose engines stand still: they get nothing, as long as there are others."""
         return self._liveness.stalled
+
+    def decisions(self, request_id: str) -> list[Decided]:
+        """How a request was routed, as long as that is remembered."""
+        return self._journal.tell(request_id)
 
     def cards(self) -> dict[str, ModelCard]:
         """Models that live workers serve, by name."""
@@ -111,25 +118,37 @@ class Router:
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        fleet = self._usable(roster, avoid)
+        avoided = self._avoided()
+        fleet = self._usable(roster, avoid, avoided)
         ask, hashes = roster.ask(request)
-        choice = self._policy(clock.now(), ask, fleet, self._rng)
+        now = clock.now()
+        choice = self._policy(now, ask, fleet, self._rng)
         roster.book(request.id, ask, hashes, choice)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
+        self._journal.note(
+            request.id,
+            Decision(
+                *(now, self._policy_name, choice, ask.prompt_tokens),
+                *(roster.cached_tokens(ask, choice.decode), cached),
+                workers=len(fleet.names),
+                passed_over=(*avoid, *self._liveness.stalled, *avoided),
+            ),
+        )
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
 
-    def _usable(self, roster: Roster, tried: Collection[str]) -> Fleet:
+    def _usable(self, roster: Roster, tried: Collection[str], avoided: Collection[str]) -> Fleet:
         """Whom to choose from: those that stand still only where there is nobody else. Raises NoWorker."""
         if not (stalled := self._liveness.stalled):
-            return roster.fleet(tried, self._avoided())
+            return roster.fleet(tried, avoided)
         try:
-            return roster.fleet((*tried, *stalled), self._avoided())
+            return roster.fleet((*tried, *stalled), avoided)
         except NoWorker:
             return roster.fleet(tried)
 
     def prefilled(self, request: Request) -> None:
         """The first token came."""
+        self._journal.prefilled(request.id)
         if (roster := self._rosters.get(request.model)) is not None:
             roster.ledger.prefilled(request.id)
 

@@ -277,7 +277,7 @@ def slow_is_dead(patch: pytest.MonkeyPatch) -> None:
 
 def stalled_workers_get_requests(patch: pytest.MonkeyPatch) -> None:
     """Only their streams are taken away."""
-    patch.setattr(Router, "_usable", lambda self, roster, tried: roster.fleet(tried, self._avoided()))
+    patch.setattr(Router, "_usable", lambda self, roster, tried, avoided: roster.fleet(tried, avoided))
 
 
 def more_steps_than_are_left(patch: pytest.MonkeyPatch) -> None:
