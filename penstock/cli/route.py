@@ -39,7 +39,8 @@ def explain(url: str, api_key: str, request: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record))
     else:
-        Console(highlight=False, markup=False).print(*_page(msgspec.convert(record, Explained)), sep="\n")
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        console.print(*_page(msgspec.convert(record, Explained)), sep="\n")
 
 
 def client_of(url: str, api_key: str) -> Client:
@@ -76,6 +77,8 @@ def _page(record: Explained) -> Iterator[RenderableType]:
     for number, decided in enumerate(record.decisions, 1):
         yield ""
         yield from _decision(number, decided, record.compared if decided.gave_first_token else [])
+        if decided.gave_first_token:
+            yield from _departure(decided, timeline)
     if not record.decisions:
         yield "\nit was not routed, or that is forgotten"
     if happened := list(phases(timeline)):
@@ -97,6 +100,14 @@ def _decision(number: int, decided: Decided, compared: list[Compared]) -> Iterat
     yield _costs(decided, compared)
 
 
+def _departure(decided: Decided, timeline: Timeline) -> Iterator[str]:
+    """The decode worker has the last word on who prefills."""
+    planned, did = decided.prefill[:1], timeline.prefill_worker
+    if planned and did and did not in planned:
+        reason = "who was asked failed" if timeline.prefill_attempts else "by its own cache and load that was quicker"
+        yield f"  but {did} prefilled: {reason}"
+
+
 def _cached(decided: Decided) -> str:
     at_decode = f"{decided.cached_at_decode} at {decided.decode}"
     return f"{at_decode}, {decided.cached_at_prefill} at {decided.prefill[0]}" if decided.prefill else at_decode
@@ -109,13 +120,20 @@ def _costs(decided: Decided, compared: list[Compared]) -> Table:
     table.add_column("predicted", justify="right")
     table.add_column("took", justify="right")
     for part in compared or [Compared(name, seconds, None) for name, seconds in decided.parts.items()]:
-        table.add_row(f"  {part.part}", _ms(part.predicted_s), _ms(part.actual_s))
+        if part.predicted_s is not None or part.actual_s is not None:
+            table.add_row(f"  {part.part}", _ms(part.predicted_s), _ms(part.actual_s))
     table.add_section()
-    table.add_row("  this choice", f"{decided.cost:.4g}", "")
+    is_in_seconds = bool(decided.parts)
+    table.add_row("  this choice", _cost(decided.cost, is_in_seconds))
     for other in decided.runners_up:
         pair = f"{other.prefill} -> {other.decode}" if other.prefill else f"all on {other.decode}"
-        table.add_row(f"  {pair}", f"{other.cost:.4g}", "")
+        table.add_row(f"  {pair}", _cost(other.cost, is_in_seconds))
     return table
+
+
+def _cost(cost: float, is_in_seconds: bool) -> str:
+    """Policies that price no parts count in units of their own."""
+    return _ms(cost) if is_in_seconds else f"{cost:.4g}"
 
 
 def _ms(seconds: float | None) -> str:

@@ -69,24 +69,34 @@ class Liveness:
     def __init__(self, patience: Patience = Patience()) -> None:
         self.stalled: dict[str, Watch] = {}
         self._patience = patience
-        self._watches: dict[tuple[str, int], Watch] = {}  # by incarnation
+        self._known: dict[str, tuple[Standing, Watch]] = {}
 
     def update(self, fleet: Mapping[str, Standing]) -> tuple[dict[str, Watch], dict[str, Watch]]:
         """Takes in the last reports of all who are there.
 
-        Returns those that have stalled since, and those that stalled and move again, as they were seen last.
+        Returns those that have stalled since, and those that move again or are another incarnation, as they were last.
         """
-        before, self._watches = (
-            self._watches,
-            {
-                (name, one.member.epoch): watch(
-                    self._watches.get((name, one.member.epoch)),
-                    *(one.load.at_s, one.load.steps, one.load.step_s, self._patience),
-                )
-                for name, one in fleet.items()
-            },
-        )
-        self.stalled = {name: now for (name, _), now in self._watches.items() if now.is_stalled}
-        known = [(key[0], before[key], now) for key, now in self._watches.items() if key in before]
-        stalled = {name: now for name, last, now in known if now.is_stalled and not last.is_stalled}
-        return stalled, {name: last for name, last, now in known if last.is_stalled and not now.is_stalled}
+        stalled: dict[str, Watch] = {}
+        moving: dict[str, Watch] = {}
+        for name in [name for name in self._known if name not in fleet]:
+            del self._known[name]
+            self.stalled.pop(name, None)
+        for name, standing in fleet.items():
+            known = self._known.get(name)
+            if known is not None and known[0] is standing:  # of many, few have reported since
+                continue
+            now = self._look(known, standing)
+            self._known[name] = standing, now
+            last = self.stalled.pop(name, None)
+            if now.is_stalled:
+                self.stalled[name] = now
+            if now.is_stalled and last is None:
+                stalled[name] = now
+            elif last is not None and not now.is_stalled:
+                moving[name] = last
+        return stalled, moving
+
+    def _look(self, known: tuple[Standing, Watch] | None, standing: Standing) -> Watch:
+        load = standing.load
+        before = known[1] if known is not None and known[0].member.epoch == standing.member.epoch else None
+        return watch(before, load.at_s, load.steps, load.step_s, self._patience)

@@ -132,7 +132,7 @@ class Router:
                 *(now, self._policy_name, choice, ask.prompt_tokens),
                 *(roster.cached_tokens(ask, choice.decode), cached),
                 workers=len(fleet.names),
-                passed_over=(*avoid, *self._liveness.stalled, *avoided),
+                passed_over=tuple(dict.fromkeys((*avoid, *self._liveness.stalled, *avoided))),
             ),
         )
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
@@ -215,8 +215,10 @@ class Router:
     def _move_streams(self) -> None:
         """Streams of workers that are about to leave or stand still go on where somebody takes them."""
         leaving = {name: why for name in self._fleet if (why := self._why_leave(name)) is not None}
+        if not leaving:
+            return
         models = {one.member.model: None for name, one in self._fleet.items() if name not in leaving}
-        for stream in self._streams if leaving else ():
+        for stream in self._streams:
             why = leaving.get(stream.worker)
             if why is not None and self._fleet[stream.worker].member.model in models:
                 stream.move(why)

@@ -54,11 +54,12 @@ def test_a_request_is_explained(which: str, capsys: pytest.CaptureFixture[str]) 
         "believed cached of 200 tokens: 64 at decode-0, 128 at prefill-0",
         "passed over: decode-1",
         "next, should prefill-0 fail: prefill-1",
-        "prefill-0 -> decode-1",
+        "but decode-0 prefilled: by its own cache and load that was quicker",
         "what happened",
     ):
         assert line in page
     rows = {words[0]: words[1:] for line in page.splitlines() if (words := line.split())}
+    assert "prefill-0 -> decode-1    300.0 ms" in page
     assert rows["wait"] == ["50.0", "ms"] and rows["prefill"][:2] == ["200.0", "ms"]
 
 

@@ -68,7 +68,7 @@ def test_a_call_that_takes_at_most_ten_times_what_was_predicted_never_is(
 ) -> None:
     known, at_s = None, 0.0
     for steps, step_s in enumerate(predictions):
-        ended_s = at_s + PATIENCE.times * step_s * min(1.0, share)
+        ended_s = at_s + 0.999 * PATIENCE.times * step_s * min(1.0, share)
         while at_s < ended_s:
             known = watch(known, at_s, steps, step_s, PATIENCE)
             assert not known.is_stalled
@@ -103,8 +103,11 @@ def test_another_incarnation_owes_nothing() -> None:
     for at_s in (0, 11):
         liveness.update({"w": standing(at_s, 1, 0.1)})
     assert liveness.stalled
-    assert liveness.update({"w": standing(12, 1, 0.1, epoch=2)}) == ({}, {}) and not liveness.stalled
-    assert liveness.update({}) == ({}, {})
+    stalled, moving = liveness.update({"w": standing(12, 1, 0.1, epoch=2)})
+    assert (stalled, list(moving), list(liveness.stalled)) == ({}, ["w"], [])
+    liveness.update({"w": standing(23, 1, 0.1, epoch=2)})
+    assert liveness.stalled
+    assert liveness.update({}) == ({}, {}) and not liveness.stalled
 
 
 def test_a_report_that_comes_again_changes_nothing() -> None:

@@ -31,7 +31,8 @@ def tokens_of(text: str) -> list[Token]:
 
 
 def finish(reason: Any = "length", stop_token: int | None = None) -> Finish:
-    timeline = Timeline(decode_worker="decode-0", cached_tokens=3, prefill_started_s=0.1, prefill_ended_s=0.3)
+    times = {"prefill_started_s": 0.1, "prefill_ended_s": 0.3}
+    timeline = Timeline(decode_worker="decode-0", prefill_worker="decode-0", cached_tokens=3, **times)
     return Finish(reason, timeline, stop_token)
 
 

@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from penstock.engine.simulated import Options as EngineOptions
+from penstock.errors import WorkerLost
 from penstock.policy.liveness import Patience
+from penstock.policy.routing import round_robin
 from penstock.serve.rpc import RpcOptions
 from penstock.serve.worker import WorkerOptions
 from penstock.sim.loop import run_virtual
@@ -128,6 +130,25 @@ def test_without_another_worker_streams_stay_and_end_when_it_moves_again() -> No
             world.resume("decode-0")
             for answer in await asyncio.gather(*asking):
                 assert answer.is_whole and answer.finish is not None and not answer.finish.timeline.failures
+            await world.settle()
+
+    run_virtual(story())
+
+
+def test_a_stream_on_which_every_engine_hangs_does_not_go_round_the_fleet() -> None:
+    async def story() -> None:
+        async with World(1, Shape(prefill=0, decode=5, engine=ENGINE), policy=round_robin.route) as world:
+            await asyncio.gather(*await begun(world, 5, max_tokens=8))
+            (asking,) = await begun(world, 1)
+            before = {name: world.engine(name).steps_begun for name in world.workers}
+            for name in world.workers:
+                world.stall(name)
+            answer = await asking
+            assert isinstance(answer.error, WorkerLost) and "made no step" in str(answer.error)
+            assert answer.is_right_so_far and answer.tokens
+            assert sum(world.engine(name).steps_begun > steps for name, steps in before.items()) == 2  # and the first
+            for name in world.workers:
+                world.resume(name)
             await world.settle()
 
     run_virtual(story())
