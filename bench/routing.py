@@ -48,7 +48,7 @@ def measured(workers: int, decisions: int) -> list[Row]:
     p_token = policy("p_token")
     for request in requests * (1 + workers // PROMPTS):
         decide(roster, request, p_token, rng)
-        roster.ledger.release(request.id)
+        roster.release(request.id, 0.0)
     fleet, (ask, _) = roster.fleet(), roster.ask(requests[0])
     listed = [Plain(*facts) for facts in zip(fleet.names, fleet.queued_tokens, ask.cached_tokens, strict=True)]
     halves = [listed[column] for column in fleet.prefillers], [listed[column] for column in fleet.decoders]

@@ -55,7 +55,8 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker as it announces itself. `epoch` differs between incarnations of one name.
 
     Workers with equal, non-empty `memory` can map each other's host memory; those with equal, non-empty `domain` can
-    write into each other's over links. `device` is the vertex of the topology where its engine is.
+    write into each other's over links. `device` is the vertex of the topology where its engine is. `kv_events` says
+    where it tells what its cache holds: "call" is a call to its addresses, else it is a ZMQ endpoint; empty: nowhere.
     """
 
     worker: str
@@ -73,6 +74,8 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: str = ""
     supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES
     labels: dict[str, str] = {}
+    kv_events: str = ""
+    kv_replay: str = ""  # the ZMQ endpoint that repeats events, if there is one
 
     @property
     def hop(self) -> Hop:

@@ -24,6 +24,7 @@ WORDS = (
     "devices",
     "errors",
     "fabric",
+    "kv_events",
     "metrics",
     "plot",
     "plugin",

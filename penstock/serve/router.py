@@ -118,23 +118,21 @@ class Router:
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        avoided = self._avoided()
+        now, avoided = clock.now(), self._avoided()
         fleet = self._usable(roster, avoid, avoided)
-        ask, hashes = roster.ask(request)
-        now = clock.now()
+        ask, found = roster.ask(request)
         choice = self._policy(now, ask, fleet, self._rng)
-        roster.book(request.id, ask, hashes, choice)
+        if roster.corrects(ask, found, choice):
+            choice = self._policy(now, ask, fleet, self._rng)
+        roster.book(request.id, ask, found, choice)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
-        self._journal.note(
-            request.id,
-            Decision(
-                *(now, self._policy_name, choice, ask.prompt_tokens),
-                *(roster.cached_tokens(ask, choice.decode), cached),
-                workers=len(fleet.names),
-                passed_over=tuple(dict.fromkeys((*avoid, *self._liveness.stalled, *avoided))),
-            ),
+        decision = Decision(
+            *(now, self._policy_name, choice, ask.prompt_tokens, roster.cached_tokens(ask, choice.decode), cached),
+            workers=len(fleet.names),
+            passed_over=tuple(dict.fromkeys((*avoid, *self._liveness.stalled, *avoided))),
         )
+        self._journal.note(request.id, decision)
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
 
     def _usable(self, roster: Roster, tried: Collection[str], avoided: Collection[str]) -> Fleet:
@@ -150,12 +148,12 @@ class Router:
         """The first token came."""
         self._journal.prefilled(request.id)
         if (roster := self._rosters.get(request.model)) is not None:
-            roster.ledger.prefilled(request.id)
+            roster.prefilled(request.id, clock.now())
 
     def release(self, request: Request) -> None:
         """The request is on no worker any more."""
         if (roster := self._rosters.get(request.model)) is not None:
-            roster.ledger.release(request.id)
+            roster.release(request.id, clock.now())
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""

@@ -1,70 +1,130 @@
-"""What workers are believed to hold: as a naive model has it, and gone when it should be."""
+"""What workers tell and what is believed of them: as a naive model has it, and gone when it should be."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import xor
 
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.policy.prefix_index import PrefixIndex, prefix_hashes
+from penstock.policy.prefix_index import DEVICE, TIERS, Incarnation, PrefixIndex, prefix_hashes
 from penstock.tokens import pack
 
 A, B = ("a", 1), ("b", 1)
 
 
-class Model:
-    """The same by lists: blocks of each worker, the latest used last."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, int], tuple[int, list[int]]] = {}
-
-    def seat(self, workers: Sequence[tuple[str, int]], capacities: Sequence[int]) -> None:
-        pairs = zip(workers, capacities, strict=True)
-        self.held = {worker: self.held.get(worker, (capacity, [])) for worker, capacity in pairs}
-
-    def learn(self, worker: tuple[str, int], hashes: Sequence[int]) -> None:
-        capacity, held = self.held[worker]
-        kept = [block for block in held if block not in hashes] + list(reversed(hashes))
-        self.held[worker] = (capacity, kept[max(0, len(kept) - capacity) :])
-
-    def longest(self, hashes: Sequence[int]) -> list[int]:
-        lengths = []
-        for _, held in self.held.values():
-            missing = [number for number, block in enumerate(hashes) if block not in held]
-            lengths.append(missing[0] if missing else len(hashes))
-        return lengths
-
-
 workers = st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 3))
 prompts = st.lists(st.integers(0, 1), max_size=6).map(lambda ids: prefix_hashes(pack(ids), 1))
-events = st.lists(
-    st.one_of(
-        st.tuples(st.just("seat"), st.dictionaries(workers, st.integers(0, 8), max_size=8)),
-        st.tuples(st.just("learn"), st.tuples(st.integers(0, 7), prompts)),
-        st.tuples(st.just("ask"), prompts),
-    ),
-    max_size=40,
-)
 
 
-@settings(max_examples=300)
-@given(events)
-def test_it_believes_what_a_naive_model_does(history: list[tuple[str, object]]) -> None:
-    index, model = PrefixIndex(), Model()
-    for what, subject in history:
-        if isinstance(subject, dict):
-            index.seat(list(subject), list(subject.values()))
-            model.seat(list(subject), list(subject.values()))
-        elif isinstance(subject, tuple):
-            if model.held:
-                worker = list(model.held)[subject[0] % len(model.held)]
-                index.learn(worker, subject[1])
-                model.learn(worker, subject[1])
-        else:
-            assert what == "ask"
-            assert isinstance(subject, list)
-            assert index.longest(subject).tolist() == model.longest(subject)
+class Model:
+    """The same by lists and sets: what workers tell, and what they are believed to hold, the latest used last."""
+
+    def __init__(self) -> None:
+        self.capacity: dict[Incarnation, int] = {}
+        self.told: dict[Incarnation, list[set[int]]] = {}
+        self.believed: dict[Incarnation, list[int]] = {}
+        self.tells: set[Incarnation] = set()
+
+    def seat(self, workers: Sequence[Incarnation], capacities: Sequence[int]) -> None:
+        before = self.capacity
+        self.capacity = {who: before.get(who, room) for who, room in zip(workers, capacities, strict=True)}
+        self.told = {who: self.told.get(who) or [set() for _ in TIERS] for who in workers}
+        self.believed = {who: self.believed.get(who, []) for who in workers}
+        self.tells &= set(workers)
+
+    def holds(self, who: Incarnation, block: int, tiers: int = len(TIERS)) -> bool:
+        return block in self.believed[who] or any(block in tier for tier in self.told[who][:tiers])
+
+    def count(self, who: Incarnation, hashes: Sequence[int], tiers: int = len(TIERS)) -> int:
+        missing = [number for number, block in enumerate(hashes) if not self.holds(who, block, tiers)]
+        return missing[0] if missing else len(hashes)
+
+    def learn(self, who: Incarnation, hashes: Sequence[int]) -> Sequence[int]:
+        if who in self.tells:
+            hashes = hashes[self.count(who, hashes) :]
+        kept = [block for block in self.believed[who] if block not in hashes] + list(reversed(hashes))
+        self.believed[who] = kept[max(0, len(kept) - self.capacity[who]) :]
+        return hashes if who in self.tells else ()
+
+
+class Machine(RuleBasedStateMachine):
+    """Whatever happens, the index says what the lists do, as long as who holds a block holds what is before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index, self.model = PrefixIndex(), Model()
+        self.news: list[tuple[Incarnation, Sequence[int]]] = []
+
+    def who(self, number: int) -> Incarnation | None:
+        seated = list(self.model.capacity)
+        return seated[number % len(seated)] if seated else None
+
+    @rule(workers=st.dictionaries(workers, st.integers(0, 8), max_size=8))
+    def seat(self, workers: dict[Incarnation, int]) -> None:
+        self.index.seat(list(workers), list(workers.values()))
+        self.model.seat(list(workers), list(workers.values()))
+
+    @rule(number=st.integers(0, 7), hashes=prompts, tier=st.integers(0, len(TIERS) - 1))
+    def stored(self, number: int, hashes: list[int], tier: int) -> None:
+        if who := self.who(number):
+            self.index.stored(who, hashes, tier)
+            self.model.told[who][tier].update(hashes)
+
+    @rule(number=st.integers(0, 7), hashes=prompts, kept=st.integers(0, 6), tier=st.integers(0, len(TIERS) - 1))
+    def removed(self, number: int, hashes: list[int], kept: int, tier: int) -> None:
+        if who := self.who(number):
+            self.index.removed(who, hashes[kept:], tier)
+            self.model.told[who][tier].difference_update(hashes[kept:])
+
+    @rule(number=st.integers(0, 7))
+    def cleared(self, number: int) -> None:
+        if who := self.who(number):
+            self.index.cleared(who)
+            self.model.told[who] = [set() for _ in TIERS]
+            self.model.believed[who] = []
+
+    @rule(number=st.integers(0, 7), tells=st.booleans())
+    def tell(self, number: int, tells: bool) -> None:
+        if who := self.who(number):
+            self.index.tell(who, tells)
+            self.model.tells = self.model.tells | {who} if tells else self.model.tells - {who}
+
+    @rule(number=st.integers(0, 7), hashes=prompts)
+    def learn(self, number: int, hashes: list[int]) -> None:
+        if who := self.who(number):
+            news = self.index.learn(who, hashes)
+            assert list(news) == list(self.model.learn(who, hashes))
+            self.news.append((who, news))
+
+    @precondition(lambda self: self.news)
+    @rule()
+    def doubt(self) -> None:
+        who, news = self.news.pop(0)
+        self.index.doubt(who, news)
+        if who in self.model.tells:
+            self.model.believed[who] = [block for block in self.model.believed[who] if block not in news]
+
+    @rule(hashes=prompts, tiers=st.sampled_from([1, len(TIERS)]))
+    def ask(self, hashes: list[int], tiers: int) -> None:
+        lengths = dict(zip(self.model.capacity, self.index.longest(hashes, tiers).tolist(), strict=True))
+        for who, length in lengths.items():
+            assert self.index.count_held(who, hashes) == self.model.count(who, hashes)
+            held = [self.model.holds(who, block, tiers) for block in hashes]
+            if held == sorted(held, reverse=True):
+                assert length == sum(held)
+
+    @invariant()
+    def digests_are_those_of_what_was_told(self) -> None:
+        for who, tiers in self.model.told.items():
+            assert self.index.digest(who) == (len(tiers[DEVICE]), reduce(xor, tiers[DEVICE], 0))
+
+
+TestIndex = Machine.TestCase
+TestIndex.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 def test_a_prompt_is_known_as_far_as_it_is_shared() -> None:

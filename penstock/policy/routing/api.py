@@ -34,7 +34,8 @@ class Ask:
     """What a request wants, as far as routing cares.
 
     `number` counts what was routed before it, second attempts included. `cached_tokens` has for each worker how much
-    of the prompt's beginning it is believed to hold; always less than the prompt.
+    of the prompt's beginning it is believed to hold; always less than the prompt. `restore_s` is how long it takes to
+    bring there what of that lies in host memory or below.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Ask:
     max_tokens: int
     token_bytes: int  # of KV
     cached_tokens: Floats
+    restore_s: Floats
 
     @property
     def uncached_tokens(self) -> Floats:

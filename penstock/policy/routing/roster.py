@@ -12,7 +12,8 @@ import numpy as np
 from penstock.cluster import Load, Member, Standing
 from penstock.errors import NoWorker
 from penstock.policy.ledger import INCOMING_BYTES, OUTGOING_BYTES, REPORTED, Booking, Ledger
-from penstock.policy.prefix_index import PrefixIndex, prefix_hashes
+from penstock.policy.prefix_index import Incarnation, PrefixIndex
+from penstock.policy.prefixes import RESTORE_BYTES_PER_S, Found, Prefixes, incarnation
 from penstock.policy.routing.api import (
     EXPECTED_OUTPUT_TOKENS,
     PRIOR_TOKENS_PER_S,
@@ -26,20 +27,19 @@ from penstock.policy.routing.api import (
 from penstock.request import Request
 
 PRIOR_STEP_S = 0.02  # until anybody has measured anything
-GRAIN_TOKENS = 64  # prefixes are not told apart more finely: few hashes also where blocks are small
 
 
 class Roster:
-    """Owned by one router. `ledger` is to be told when a request gets its first token, and when it is over."""
+    """Owned by one router."""
 
     def __init__(self, wiring: Wiring | None) -> None:
         self.ledger = Ledger()
         self._wiring = wiring
-        self._index = PrefixIndex()
-        self._grain_tokens = 0  # multiple of every worker's block
+        self._prefixes = Prefixes()
         self._members: list[Member] = []
         self._loads: list[Load] = []
         self._columns: dict[str, int] = {}
+        self._ids: list[Incarnation] = []
         self._reported: Floats = np.zeros((REPORTED, 0))
         self._measured: Floats = np.zeros((2, 0))
         self._load: Floats = np.zeros((REPORTED, 0))  # what the fleet shows
@@ -77,22 +77,35 @@ class Roster:
         np.maximum(self._reported, self.ledger.booked[:REPORTED], out=self._load)
         return fleet
 
-    def ask(self, request: Request) -> tuple[Ask, Sequence[int]]:
-        """What a policy is asked, and the hashes of the prompt's blocks. Called once for each decision."""
+    def index(self, worker: Incarnation) -> PrefixIndex | None:
+        """Where KV events of this worker belong; None if it is not there."""
+        return self._prefixes.index(worker)
+
+    def ask(self, request: Request) -> tuple[Ask, Found]:
+        """What a policy is asked, and what was found of the prompt. Called once for each decision."""
         number, self._asked = self._asked, self._asked + 1
-        hashes = prefix_hashes(request.sequence, self._grain_tokens, request.salt)
-        # The last token is always computed, since the first output token follows from it.
-        reusable = hashes[: (request.sequence_tokens - 1) // self._grain_tokens]
-        cached = (self._index.longest(reusable) * self._grain_tokens).astype(np.float64)
+        found = self._prefixes.find(request)
         token_bytes = self._members[0].layout.token_bytes
+        restore_s = found.lower_tokens * (token_bytes / RESTORE_BYTES_PER_S)
         left_tokens = request.sampling.max_tokens - request.progress.count
-        return Ask(number, request.sequence_tokens, left_tokens, token_bytes, cached), hashes
+        ask = Ask(number, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
+        return ask, found
 
     def cached_tokens(self, ask: Ask, worker: str) -> int:
         """How much of the prompt `worker` is believed to hold."""
         return int(ask.cached_tokens[self._columns[worker]])
 
-    def book(self, request_id: str, ask: Ask, hashes: Sequence[int], choice: Choice) -> None:
+    def corrects(self, ask: Ask, found: Found, choice: Choice) -> bool:
+        """Looks at every block that the chosen workers are taken to hold; true if `ask` was wrong and is mended."""
+        was_wrong = False
+        for name in (choice.decode, *choice.prefill[:1]):
+            column = self._columns[name]
+            believed = ask.cached_tokens[column]
+            if believed and (held := self._prefixes.recount(self._ids[column], found, ask.prompt_tokens)) < believed:
+                ask.cached_tokens[column], was_wrong = held, True
+        return was_wrong
+
+    def book(self, request_id: str, ask: Ask, found: Found, choice: Choice) -> None:
         """`choice` is being carried out: its load is counted, and its prompt believed to be where it will be."""
         decode = self._columns[choice.decode]
         prefill = self._columns[choice.prefill[0]] if choice.prefill else decode
@@ -111,7 +124,17 @@ class Roster:
             ),
         )
         for column in (prefill, decode) if is_moved else (decode,):
-            self._index.learn(_incarnation(self._members[column]), hashes)
+            self._prefixes.learn(request_id, self._ids[column], found)
+
+    def prefilled(self, request_id: str, now: float) -> None:
+        """The request's first token came. Idempotent."""
+        self.ledger.prefilled(request_id)
+        self._prefixes.end(request_id, now)
+
+    def release(self, request_id: str, now: float) -> None:
+        """The request is over, or on no worker any more. Idempotent."""
+        self.ledger.release(request_id)
+        self._prefixes.end(request_id, now)
 
     def _shares_memory(self, one: int, other: int) -> bool:
         fleet = self.fleet()
@@ -129,20 +152,13 @@ class Roster:
         names = [member.worker for member in members]
         self._members, self._loads = members, [Load()] * len(members)
         self._columns = {name: column for column, name in enumerate(names)}
+        self._ids = [incarnation(member) for member in members]
         self._reported, self._load = (np.zeros((REPORTED, len(members))) for _ in range(2))
         self._measured = np.zeros((2, len(members)))
         self._masked = ((), None)
         self.ledger.seat(names)
-        self._seat_index()
+        self._prefixes.seat(members)
         self._fleet = self._lay_out(names) if members else None
-
-    def _seat_index(self) -> None:
-        blocks = [member.layout.block_tokens for member in self._members]
-        grain = max((-(-GRAIN_TOKENS // size) * size for size in blocks), default=self._grain_tokens)
-        if grain != self._grain_tokens:
-            self._index, self._grain_tokens = PrefixIndex(), grain
-        capacities = [member.blocks * member.layout.block_tokens // grain for member in self._members]
-        self._index.seat([_incarnation(member) for member in self._members], capacities)
 
     def _lay_out(self, names: Sequence[str]) -> Fleet:
         members, load, booked = self._members, self._load, self.ledger.booked
@@ -165,10 +181,6 @@ class Roster:
             incoming_bytes=booked[INCOMING_BYTES],
             wiring=self._wiring,
         ).only(np.full(len(members), True))
-
-
-def _incarnation(member: Member) -> tuple[str, int]:
-    return member.worker, member.epoch
 
 
 def _numbered(domains: Sequence[Hashable]) -> Indices:

@@ -82,7 +82,7 @@ def fleet_of(workers: Sequence[Worker], wiring: Wiring | None = None) -> Fleet:
 
 def ask_of(workers: Sequence[Worker], prompt_tokens: int, max_tokens: int = 100, number: int = 0) -> Ask:
     cached = [float(min(worker.cached, prompt_tokens - 1)) for worker in workers if not worker.is_draining]
-    return Ask(number, prompt_tokens, max_tokens, LAYOUT.token_bytes, np.array(cached))
+    return Ask(number, prompt_tokens, max_tokens, LAYOUT.token_bytes, np.array(cached), np.zeros(len(cached)))
 
 
 def some_workers(roles: Sequence[Role] = ("prefill", "decode", "any")) -> st.SearchStrategy[list[Worker]]:

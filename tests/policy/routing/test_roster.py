@@ -53,11 +53,11 @@ def test_load_is_what_was_reported_or_booked_whichever_is_more() -> None:
     assert fleet.prefills.tolist() == [2, 0]
     assert fleet.streams.tolist() == [0, 1]
     assert fleet.used_blocks.tolist() == [0, 500]
-    roster.ledger.prefilled("r")
+    roster.prefilled("r", 0.0)
     assert roster.fleet().queued_tokens.tolist() == [100, 0]
     update(roster, P, D)
     assert roster.fleet().streams.tolist() == [0, 1]
-    roster.ledger.release("r")
+    roster.release("r", 0.0)
     assert roster.fleet().streams.tolist() == [0, 0]
 
 
