@@ -312,7 +312,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
-                answer.told = stream.timeline
+                answer.record.timeline = stream.timeline
                 at_s = now()
                 events = answer.events(tokens, finish, at_s)
                 if not exchange.is_started:  # not sooner: what fails before the first token has its own status
@@ -326,7 +326,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
-                answer.told = stream.timeline
+                answer.record.timeline = stream.timeline
                 texts += answer.take(tokens, finish, now())
         await exchange.respond(200, answer.body("".join(texts)))
 

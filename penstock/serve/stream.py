@@ -229,8 +229,9 @@ class Stream:
         self._attempts = 0
         self._tried.clear()
         self.over_s = sum(output.over_s for output in outputs)
-        if (so_far := outputs[0].so_far) is not None:
-            self.timeline = self._shift(so_far)
+        for output in outputs:
+            if output.so_far is not None:
+                self.timeline = self._shift(output.so_far)
         if (finish := outputs[-1].finish) is not None:
             self.timeline = self._shift(finish.timeline)
             finish = msgspec.structs.replace(finish, timeline=self.timeline)

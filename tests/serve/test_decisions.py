@@ -93,6 +93,30 @@ def test_a_router_tells_what_it_believed_and_where_a_stream_went_on() -> None:
     run_virtual(story())
 
 
+def test_a_request_that_moved_is_compared_with_how_its_first_worker_did() -> None:
+    async def story() -> None:
+        engine = EngineOptions(model="demo", vocab_size=TOKENIZER.vocab_size, step_s=0.01, prefill_token_s=1e-4)
+        async with (
+            World(1, Shape(decode=2, engine=engine)) as world,
+            Frontend(world.router, {"demo": TOKENIZER}, Random(1)) as app,
+        ):
+            body = {"model": "demo", "prompt": [105] * 2_000, "max_tokens": 100}
+            asking = asyncio.create_task(Client(app).ask("POST", "/v1/completions", body))
+            await asyncio.sleep(0.7)
+            (head,) = (await get(app, "/debug/requests")).json["requests"]
+            running = (await get(app, "/debug/requests/" + head["id"])).json
+            assert (running["state"], running["timeline"]["prefill_worker"]) == ("running", "prefill-0")
+            world.crash(head["decode_worker"])
+            assert (await asking).status == 200
+            record = (await get(app, "/debug/requests/" + head["id"])).json
+            assert record["timeline"]["moves"] == 1 and len(record["decisions"]) == 2
+            for part in (running, record):
+                took = {one["part"]: one["actual_s"] for one in part["compared"]}
+                assert took["prefill"] == pytest.approx(0.24, rel=0.1) and 0 < took["transfer"] < 0.02
+
+    run_virtual(story())
+
+
 def test_the_whole_way_from_a_request_to_its_explanation() -> None:
     async def story() -> None:
         engine = EngineOptions(model="demo", vocab_size=TOKENIZER.vocab_size)
