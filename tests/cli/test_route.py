@@ -35,7 +35,7 @@ def asked(*arguments: str, ask: bool = True, key: str = "") -> int:
         backend = FakeBackend(saying("water"))
         async with serving(backend, api_key=key) as (host, port), client_of((host, port), key or "any") as client:
             if ask:
-                headers = {"x-request-id": "mine/1"}
+                headers = {"x-request-id": "mine/1:a+b"}
                 await client.completions.create(model="demo", prompt="dam", extra_headers=headers)
                 backend.decided[backend.requests[0].id] = decided()
             return await asyncio.to_thread(explain, *arguments, "--url", f"http://{host}:{port}")
@@ -43,7 +43,7 @@ def asked(*arguments: str, ask: bool = True, key: str = "") -> int:
     return run(story())
 
 
-@pytest.mark.parametrize("which", ["--last", "mine/1"])
+@pytest.mark.parametrize("which", ["--last", "mine/1:a+b"])
 def test_a_request_is_explained(which: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert asked(which) == 0
     page = capsys.readouterr().out
