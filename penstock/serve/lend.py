@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,6 +18,7 @@ from penstock.blocks import BlockId
 from penstock.errors import LeaseLost, PenstockError, WorkerStalled
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
+from penstock.policy.liveness import Patience, Watch, watch
 from penstock.request import Hop, Token
 from penstock.serve.handoff import (
     Alive,
@@ -56,7 +57,7 @@ _decode_nothing = msgspec.msgpack.Decoder(None).decode
 
 @dataclass(frozen=True, slots=True)
 class LendOptions:
-    """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
+    """`lease_s` of silence loses a lease; a prefill worker whose engine tries `patience` is given up.
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
     While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted for copies:
@@ -64,7 +65,7 @@ class LendOptions:
     """
 
     lease_s: float = 5.0
-    stall_s: float = 60.0
+    patience: Patience = field(default_factory=lambda: Patience(idle_s=60.0))
     settle_retry_s: float = 0.5
     kill_after_s: float = 30.0
     incoming_bytes: int = 512 << 20
@@ -292,8 +293,7 @@ class Borrowing:
         self._lender = lender
         self._on_first = on_first
         self._is_committed = False
-        self._steps = -1
-        self._progress_s = clock.now()
+        self._engine: Watch | None = None  # the prefill worker's
 
     @property
     def granted_blocks(self) -> int:
@@ -359,7 +359,7 @@ class Borrowing:
     async def _answer(self, message: FromPrefill) -> None:
         match message:
             case Alive():
-                self._note_progress(message.steps)
+                self._note_beat(message)
             case More() if self.lease is not None:
                 self._lender.grow(self, self.lease, message.tokens)
             case Wrote() if self.lease is not None:
@@ -389,6 +389,7 @@ class Borrowing:
         if message.moved > self.moved_blocks:
             self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved
+            self._engine = None  # blocks arrive: it waits for the wire
             self._lender.share_out()
 
     def _release_held(self) -> None:
@@ -396,9 +397,10 @@ class Borrowing:
         if held:
             self._lender.release(held)
 
-    def _note_progress(self, steps: int) -> None:
-        now = clock.now()
-        if steps != self._steps:
-            self._steps, self._progress_s = steps, now
-        elif now - self._progress_s > self._lender.options.stall_s:
-            raise WorkerStalled(f"the engine of {self.hop.worker} made no step for {now - self._progress_s:.0f} s")
+    def _note_beat(self, beat: Alive) -> None:
+        """It lives; raises WorkerStalled if its engine does not."""
+        patience = self._lender.options.patience
+        self._engine = seen = watch(self._engine, clock.now(), beat.steps, beat.step_s, patience)
+        if seen.is_stalled:
+            still = f"made no step for {seen.still_s:.0f} s, of at most {seen.bound_s:.0f} s"
+            raise WorkerStalled(f"the engine of {self.hop.worker} {still}")

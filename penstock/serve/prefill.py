@@ -147,7 +147,7 @@ class Prefiller:
     async def _say_alive(self, job: Job) -> None:
         while True:
             await asyncio.sleep(job.ask.alive_s)
-            job.call.send(Alive(self._stepper.steps))
+            job.call.send(Alive(self._stepper.steps, self._stepper.call_s))
 
     # In place
 

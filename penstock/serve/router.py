@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from random import Random
 
 from penstock import clock
 from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
-from penstock.errors import UnknownModel
+from penstock.errors import NoWorker, UnknownModel, WorkerDraining, WorkerStalled
+from penstock.policy.liveness import Liveness
 from penstock.policy.routing import pairs
-from penstock.policy.routing.api import Route
+from penstock.policy.routing.api import Fleet, Route
 from penstock.policy.routing.roster import Roster
 from penstock.policy.routing.ways import Wiring
 from penstock.request import Plan, Request
+from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
@@ -43,9 +45,12 @@ class Router:
         self._discovery = discovery
         self._rng = rng
         self._policy = policy
+        self._policy_name = policy.__module__.rpartition(".")[2]  # by which it is found, see `policy.routing.api`
         self._wiring = wiring
         self._fleet: dict[str, Standing] = {}
         self._rosters: dict[str, Roster] = {}  # by model
+        self._liveness = Liveness()
+        self._journal = Journal()
         self._avoid_until_s: dict[tuple[str, int], float] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -66,6 +71,14 @@ class Router:
     def standings(self) -> Mapping[str, Standing]:
         """Live workers by name."""
         return self._fleet
+
+    def stalled(self) -> Collection[str]:
+        """Workers whose engines stand still: they get nothing, as long as there are others."""
+        return self._liveness.stalled
+
+    def decisions(self, request_id: str) -> list[Decided]:
+        """How a request was routed, as long as that is remembered."""
+        return self._journal.tell(request_id)
 
     def cards(self) -> dict[str, ModelCard]:
         """Models that live workers serve, by name."""
@@ -106,8 +119,8 @@ class Router:
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        now = clock.now()
-        fleet = roster.fleet(now, avoid, self._avoided())
+        now, avoided = clock.now(), self._avoided()
+        fleet = self._usable(roster, now, avoid, avoided)
         ask, found = roster.ask(request)
         choice = self._policy(now, ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
@@ -115,10 +128,26 @@ class Router:
         roster.book(request.id, ask, found, choice, now)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
+        decision = Decision(
+            *(now, self._policy_name, choice, ask.prompt_tokens, roster.cached_tokens(ask, choice.decode), cached),
+            workers=len(fleet.names),
+            passed_over=tuple(dict.fromkeys((*avoid, *self._liveness.stalled, *avoided))),
+        )
+        self._journal.note(request.id, decision)
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
+
+    def _usable(self, roster: Roster, now: float, tried: Collection[str], avoided: Collection[str]) -> Fleet:
+        """Whom to choose from: those that stand still only where there is nobody else. Raises NoWorker."""
+        if not (stalled := self._liveness.stalled):
+            return roster.fleet(now, tried, avoided)
+        try:
+            return roster.fleet(now, (*tried, *stalled), avoided)
+        except NoWorker:
+            return roster.fleet(now, tried)
 
     def prefilled(self, request: Request) -> None:
         """The first token came."""
+        self._journal.prefilled(request.id)
         if (roster := self._rosters.get(request.model)) is not None:
             roster.prefilled(request.id, clock.now())
 
@@ -172,12 +201,36 @@ class Router:
             for name, standing in before.items():
                 if name not in fleet or fleet[name].member.epoch != standing.member.epoch:
                     log.warning("%s (epoch %d) has left, or stopped reporting", name, standing.member.epoch)
-            self._move_from_draining()
+            self._judge_progress()
+            self._move_streams()
 
-    def _move_from_draining(self) -> None:
-        """Streams of workers that are about to leave go on elsewhere, where there is somebody who takes them."""
-        models = {each.member.model: None for each in self._fleet.values() if not each.draining}
+    def _judge_progress(self) -> None:
+        stalled, moving = self._liveness.update(self._fleet)
+        for name, seen in stalled.items():
+            load = self._fleet[name].load
+            log.warning(
+                "%s stands still: no step for %.0f s, in a call that may take %.0f s; %d sequences run there, %d wait. "
+                "It gets nothing new and its streams move where there is another worker. "
+                "Look at its log and its device, and restart it if it stays so",
+                *(name, seen.still_s, seen.bound_s, load.running, load.waiting),
+            )
+        for name, seen in moving.items():
+            log.warning("%s moves again after %.0f s: it gets requests as before", name, seen.still_s)
+
+    def _move_streams(self) -> None:
+        """Streams of workers that are about to leave or stand still go on where somebody takes them."""
+        leaving = {name: why for name in self._fleet if (why := self._why_leave(name)) is not None}
+        if not leaving:
+            return
+        models = {one.member.model: None for name, one in self._fleet.items() if name not in leaving}
         for stream in self._streams:
-            standing = self._fleet.get(stream.worker)
-            if standing is not None and standing.draining and standing.member.model in models:
-                stream.move()
+            why = leaving.get(stream.worker)
+            if why is not None and self._fleet[stream.worker].member.model in models:
+                stream.move(why)
+
+    def _why_leave(self, name: str) -> WorkerDraining | WorkerStalled | None:
+        if self._fleet[name].draining:
+            return WorkerDraining(f"{name} is draining")
+        if (seen := self._liveness.stalled.get(name)) is not None:
+            return WorkerStalled(f"{name} made no step for {seen.still_s:.0f} s, of at most {seen.bound_s:.0f} s")
+        return None

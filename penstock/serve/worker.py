@@ -118,6 +118,7 @@ class Worker:
         return Load(
             at_s=clock.now(),
             steps=stepper.steps,
+            step_s=stepper.call_s,
             busy_s=stepper.busy_s,
             waiting=stepper.waiting + self._prefiller.queued,
             running=stepper.running,

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TypeAlias
@@ -58,7 +58,9 @@ class Choice:
     """`prefill` is whom the decode worker should call, best first; empty: itself.
 
     `cost` is what the policy made small, in a unit of its own. `wait_s` is how long the first prefill worker is busy
-    with others, 0 where the policy does not say: the decode worker weighs it against doing the work itself.
+    with others, 0 where the policy does not say: the decode worker weighs it against doing the work itself. `parts` are
+    what `cost` is the sum of, by name and in seconds, and `others` the runners-up as (decode, prefill or "", cost):
+    empty where the policy does not price in parts.
     """
 
     decode: str
@@ -66,6 +68,8 @@ class Choice:
     cost: float
     wait_s: float = 0.0
     why: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    others: tuple[tuple[str, str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
