@@ -41,6 +41,13 @@ def test_without_wiring_all_of_a_network_are_equally_near() -> None:
     assert np.isinf(ways.row(0)[0]).tolist() == [False, False, True]
 
 
+def test_who_is_nowhere_is_reached_from_everywhere() -> None:
+    climb = [Rung("rack", NIC, NIC, 1e-6, "a", "a")]
+    ways = Ways(np.zeros(3, np.intp), [climb, [Rung("other rack", UP, UP, 1e-6, "b", "b")], ()])
+    assert [ways.meet(0, 0), ways.meet(0, 1), ways.meet(0, 2)] == [0, 1, 1]
+    assert ways.row(2)[1].tolist() == [NIC, UP, 0]
+
+
 def test_what_is_decided_takes_from_every_step_that_is_shared() -> None:
     ways = rows()
     ways.carry(0, 2, 0.25 / UP)
