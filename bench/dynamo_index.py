@@ -1,6 +1,6 @@
 """Documents to fill an index with, and what NVIDIA Dynamo's index of prefixes takes for them, through its binding.
 
-`bench/router.py` runs `main` by the interpreter of an environment that has ai-dynamo-runtime and need not have penstock.
+`bench/router.py` runs `main` by an interpreter that has ai-dynamo-runtime, and need not have penstock.
 """
 
 from __future__ import annotations

@@ -134,14 +134,19 @@ class PrefixIndex:
     def removed(self, worker: Incarnation, hashes: Sequence[int], tier: int = DEVICE) -> None:
         """It does not hold these blocks any more. Idempotent."""
         holder = self._seated[worker]
-        plane, bit = self._changed(tier), holder.bit
+        plane, bit, sets = self._changed(tier), holder.bit, self._sets
         count = digest = 0
         for block in hashes:
             table = plane[block & _TABLE]
-            if table.get(block, 0) & bit:
-                self._strike(table, block, bit)
-                count += 1
-                digest ^= block
+            holders = table.get(block, 0)
+            if not holders & bit:
+                continue
+            if holders == bit:
+                del table[block]
+            else:
+                table[block] = sets.setdefault(holders ^ bit, holders ^ bit)
+            count += 1
+            digest ^= block
         if tier == DEVICE:
             holder.count -= count
             holder.digest ^= digest
@@ -174,11 +179,15 @@ class PrefixIndex:
             hashes = hashes[self._count(hashes, holder.bit) :]
         plane, believed, bit, sets = self._changed(_BELIEF), holder.believed, holder.bit, self._sets
         for block in reversed(hashes):  # the last first, so that a prefix is forgotten from its end
+            if block in believed:
+                believed.move_to_end(block)
+                continue
             believed[block] = None
-            believed.move_to_end(block)
             table = plane[block & _TABLE]
-            holders = table.get(block, 0)
-            if not holders & bit:
+            holders = table.get(block)
+            if holders is None:
+                table[block] = bit
+            elif not holders & bit:
                 table[block] = sets.setdefault(holders | bit, holders | bit)
         while len(believed) > holder.capacity:
             self._disbelieve(plane, holder, next(iter(believed)))
@@ -231,9 +240,21 @@ class PrefixIndex:
             yield live, start
 
     def _count(self, hashes: Sequence[int], bit: int) -> int:
-        find = self._finder(len(TIERS))
+        if not self._planes:
+            return 0
+        first, *others = self._planes.values()
+        seen = bit  # holders with `bit` among them; neighbours often have one and the same set
         for number, block in enumerate(hashes):
-            if not find(block) & bit:
+            holders = first[block & _TABLE].get(block, 0)
+            if holders is seen:
+                continue
+            if holders & bit:
+                seen = holders
+                continue
+            for plane in others:
+                if plane[block & _TABLE].get(block, 0) & bit:
+                    break
+            else:
                 return number
         return len(hashes)
 
