@@ -64,9 +64,10 @@ def test_tenants_that_both_wait_get_tokens_by_weight(heavy: list[int], light: li
 
 @given(st.lists(some_tokens, min_size=1, max_size=20), some_tokens)
 def test_nobody_starves_though_a_stranger_comes_at_every_turn(backlog: list[int], tokens: int) -> None:
+    """As many strangers wait as requests of the backlog were served; before virtual time is one of theirs further."""
     mine = [waiting("plain", each) for each in backlog]
     queue = queue_of(mine)
-    for turn in range(sum(each // tokens + 3 for each in backlog)):
+    for turn in range(len(backlog) * sum(each // tokens + 2 for each in backlog)):
         queue.put(waiting(f"stranger-{turn}", tokens))
         one = queue.find_next()
         assert one is not None
