@@ -70,7 +70,8 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     pid: int = 0
     engine: str = ""
     supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = {}  # such as its zone or rack: requests may require or prefer them
+    adapters: tuple[str, ...] = ()  # that it has loaded beside the model
     kv_events: str = ""
     kv_replay: str = ""  # the ZMQ endpoint that repeats events, if there is one
 

@@ -34,11 +34,13 @@ class _Tenant:
     weight: float
     since: float
     latest: int = 0  # number of its last arrival
-    tokens: int = 0
     waiting: dict[Waiting, None] = field(default_factory=dict)
 
     def tag(self, one: Waiting) -> float:
         return self.since + one.tokens / self.weight
+
+    def tokens(self, lane: Hashable) -> int:
+        return sum(one.tokens for one in self.waiting if one.lane == lane)
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +71,6 @@ class FairQueue:
         self._arrivals += 1
         self._length += 1
         tenant.latest = self._arrivals
-        tenant.tokens += one.tokens
         tenant.waiting[one] = None
 
     def find_next(self, blocked: Collection[Hashable] = ()) -> Waiting | None:
@@ -113,17 +114,18 @@ class FairQueue:
         return level is not None and any(name != one.tenant for name in level.tenants)
 
     def tokens_ahead(self, one: Waiting) -> float:
-        """How much is served before `one`, if it comes now and nobody after it; up to a request of each tenant."""
+        """What is served before `one`, which does not wait yet, if nobody comes after it; at most, of its lane alone.
+
+        Lanes that share some workers delay each other too; by how much depends on what the others choose.
+        """
         sooner = [self._classes[priority] for priority in self._classes if priority < one.priority]
-        ahead = float(sum(tenant.tokens for level in sooner for tenant in level.tenants.values()))
+        ahead = float(sum(tenant.tokens(one.lane) for level in sooner for tenant in level.tenants.values()))
         if (level := self._classes.get(one.priority)) is None:
             return ahead
-        weight, own = self._weight(one.tenant), one.tokens
-        if (tenant := level.tenants.get(one.tenant)) is not None:
-            own += tenant.tokens
-        for name, other in level.tenants.items():
-            ahead += other.tokens if name == one.tenant else min(float(other.tokens), own * other.weight / weight)
-        return ahead
+        tokens = {name: tenant.tokens(one.lane) for name, tenant in level.tenants.items()}
+        own = tokens.pop(one.tenant, 0)
+        turn = (own + one.tokens) / self._weight(one.tenant)
+        return ahead + own + sum(min(other, turn * self._weight(name)) for name, other in tokens.items())
 
     def _weight(self, tenant: str) -> float:
         return self._weights.get(tenant, 1.0)
@@ -132,7 +134,6 @@ class FairQueue:
         level = self._classes[one.priority]
         tenant = level.tenants[one.tenant]
         del tenant.waiting[one]
-        tenant.tokens -= one.tokens
         self._length -= 1
         if not tenant.waiting:
             del level.tenants[one.tenant]

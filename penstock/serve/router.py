@@ -5,21 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 from random import Random
 
 from penstock import clock
 from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
-from penstock.errors import UnknownModel
+from penstock.errors import NoWorker, UnknownModel
+from penstock.metrics import QueueMetrics
+from penstock.policy.admission import ServiceLevel
+from penstock.policy.constraints import Labelled, Sessions, closest_first, keeping, staying_at
+from penstock.policy.forecast import Forecast, forecast
 from penstock.policy.routing import pairs
-from penstock.policy.routing.api import Route, Wiring
+from penstock.policy.routing.api import Fleet, Mask, Route, Wiring
 from penstock.policy.routing.roster import Roster
-from penstock.request import Plan, Request
+from penstock.request import Constraints, Plan, Request
+from penstock.serve.admission import Admission
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """`level` is what requests are admitted for; what is preferred is kept to while it costs at most `affinity_s`."""
+
+    level: ServiceLevel = field(default_factory=ServiceLevel)
+    affinity_s: float = 0.25
 
 
 class Router:
@@ -36,6 +50,8 @@ class Router:
         policy: Route = pairs.route,
         options: StreamOptions = StreamOptions(),
         wiring: Wiring | None = None,
+        service: ServiceOptions = ServiceOptions(),
+        queued: QueueMetrics | None = None,
     ) -> None:
         self.options = options
         self.endpoint = endpoint
@@ -43,6 +59,12 @@ class Router:
         self._rng = rng
         self._policy = policy
         self._wiring = wiring
+        self._affinity_s = service.affinity_s
+        self._admission: Admission | None = None  # where whatever comes may go
+        if service.level.is_limited:
+            self._admission = Admission(service.level, self._foresee, queued or QueueMetrics())
+        self._sessions = Sessions()
+        self._labelled: dict[str, Labelled] = {}  # by model
         self._fleet: dict[str, Standing] = {}
         self._rosters: dict[str, Roster] = {}  # by model
         self._avoid_until_s: dict[tuple[str, int], float] = {}
@@ -102,15 +124,21 @@ class Router:
         self._changed.clear()
         await self._changed.wait()
 
+    def admitted(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """Entered when it is the request's turn, to be routed at once. Raises Overloaded, DeadlineExceeded."""
+        return _NO_WAIT if self._admission is None else self._admission.admitted(request)
+
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        fleet = roster.fleet(avoid, self._avoided())
+        fleet, policy = self._constrained(request, roster, avoid)
         ask, found = roster.ask(request)
-        choice = self._policy(clock.now(), ask, fleet, self._rng)
+        choice = policy(clock.now(), ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
-            choice = self._policy(clock.now(), ask, fleet, self._rng)
+            choice = policy(clock.now(), ask, fleet, self._rng)
         roster.book(request.id, ask, found, choice)
+        if request.constraints.session:
+            self._sessions.note(_session(request), (choice.decode, self._fleet[choice.decode].member.epoch))
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
@@ -119,17 +147,60 @@ class Router:
         """The first token came."""
         if (roster := self._rosters.get(request.model)) is not None:
             roster.prefilled(request.id, clock.now())
+            self._load_changed()
 
     def release(self, request: Request) -> None:
         """The request is on no worker any more."""
         if (roster := self._rosters.get(request.model)) is not None:
             roster.release(request.id, clock.now())
+            self._load_changed()
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""
         now, member = clock.now(), standing.member
         self._avoid_until_s = {key: until_s for key, until_s in self._avoid_until_s.items() if until_s > now}
         self._avoid_until_s[(member.worker, member.epoch)] = now + self.options.avoid_s
+
+    def _load_changed(self) -> None:
+        if self._admission is not None:
+            self._admission.look()
+
+    def _foresee(self, request: Request) -> Forecast:
+        """What the request would meet if it were routed now. Raises NoWorker, UnknownModel."""
+        roster = self._roster(request.model)
+        fleet, policy = self._constrained(request, roster, {})
+        ask, _ = roster.ask(request)
+        return forecast(ask, fleet, policy(clock.now(), ask, fleet, self._rng))
+
+    def _constrained(self, request: Request, roster: Roster, avoid: Mapping[str, int]) -> tuple[Fleet, Route]:
+        """The workers that the request may go to, and how to choose among them. Raises NoWorker."""
+        wanted, fleet = request.constraints, roster.fleet(avoid, self._avoided())
+        if wanted == _ANYWHERE:
+            return fleet, self._policy
+        labelled = self._labels_of(request.model, fleet)
+        if wanted.require or wanted.adapter:
+            fits = labelled.having(wanted.require) & labelled.with_adapter(wanted.adapter)
+            if not (fits & fleet.usable).any():
+                fleet = roster.fleet(avoid)  # an avoided worker is better than none
+            fleet = _narrowed(fleet, fits, wanted, labelled)
+        wishes = closest_first(labelled, wanted.prefer)
+        if wanted.session and (stay := self._session_at(request, fleet)) is not None:
+            wishes.insert(0, stay)
+        return fleet, keeping(self._policy, wishes, self._affinity_s) if wishes else self._policy
+
+    def _labels_of(self, model: str, fleet: Fleet) -> Labelled:
+        labelled = self._labelled.get(model)
+        if labelled is None or labelled.names is not fleet.names:
+            members = [self._fleet[name].member for name in fleet.names]
+            labelled = self._labelled[model] = Labelled(fleet.names, members)
+        return labelled
+
+    def _session_at(self, request: Request, fleet: Fleet) -> Mask | None:
+        worker, epoch = self._sessions.find(_session(request)) or ("", 0)
+        standing = self._fleet.get(worker)
+        if standing is None or standing.member.epoch != epoch:
+            return None
+        return staying_at(fleet, worker)
 
     def _roster(self, model: str) -> Roster:
         if self._fleet and model not in self._rosters:
@@ -152,8 +223,10 @@ class Router:
             models.setdefault(standing.member.model, {})[name] = standing
         for model in [model for model in self._rosters if model not in models]:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
+            self._labelled.pop(model, None)
         for model, standings in models.items():
             self._rosters.setdefault(model, Roster(self._wiring)).update(standings)
+        self._load_changed()
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.
@@ -173,3 +246,20 @@ class Router:
             standing = self._fleet.get(stream.worker)
             if standing is not None and standing.draining and standing.member.model in models:
                 stream.move()
+
+
+_ANYWHERE = Constraints()
+_NO_WAIT = nullcontext()
+
+
+def _narrowed(fleet: Fleet, fits: Mask, wanted: Constraints, labelled: Labelled) -> Fleet:
+    usable = fleet.usable & fits
+    if usable.any():
+        return fleet.only(usable)
+    adapter = f" and the adapter {wanted.adapter}" if wanted.adapter else ""
+    required = ", ".join(f"{name}={value}" for name, value in wanted.require) or "whatever labels"
+    raise NoWorker(f"no worker with {required}{adapter} takes requests now; there is {labelled.described()}")
+
+
+def _session(request: Request) -> tuple[str, str, str]:
+    return request.model, request.constraints.tenant, request.constraints.session

@@ -114,6 +114,7 @@ class Fleet:
     decoders: Indices = field(default_factory=lambda: np.empty(0, np.intp))
     prefillers: Indices = field(default_factory=lambda: np.empty(0, np.intp))
     is_split: bool = False  # some prefill for others; else every request stays on one of `decoders`
+    usable: Mask = field(default_factory=lambda: np.empty(0, np.bool_))  # what `only` was called with
     _paths: dict[int, Path] = field(default_factory=dict)  # rows that were asked for; masked copies share them
 
     def only(self, usable: Mask) -> Fleet:
@@ -122,7 +123,7 @@ class Fleet:
         prefillers = _preferring(self.prefers_prefill, usable)
         prefillers = prefillers[self._helps(prefillers, decoders)]
         is_split = prefillers.size > 0 and not np.array_equal(prefillers, decoders)
-        return replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split)
+        return replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split, usable=usable)
 
     def path(self, source: int) -> Path:
         """Prices of a hand-over from `source` to each worker; nothing is moved inside a memory."""

@@ -1,0 +1,51 @@
+"""What a choice of workers will cost in seconds, whichever policy made it and whatever that policy makes small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.policy.routing.api import HANDOVER_S, Ask, Choice, Fleet, decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a request would meet if it were routed now: `first_s` until its first token, `own_s` if it were alone.
+
+    It leaves `tokens` to compute; the workers among which it was chosen who does that compute `tokens_per_s` together.
+    """
+
+    first_s: float
+    own_s: float
+    tokens: int
+    tokens_per_s: float
+
+
+def forecast(ask: Ask, fleet: Fleet, choice: Choice) -> Forecast:
+    """Of `choice`, made for `ask` from `fleet`. It waits for the prompts queued where its own is computed."""
+    decode = fleet.names.index(choice.decode)
+    prefill = fleet.names.index(choice.prefill[0]) if choice.prefill else decode
+    rate = float(fleet.prefill_tokens_per_s[prefill])
+    holder = decode if _is_in_place(fleet, prefill, decode) else prefill
+    tokens = float(ask.uncached_tokens[holder])
+    own_s = tokens / rate + float(ask.restore_s[holder]) + (HANDOVER_S if choice.prefill else 0.0)
+    sharing = fleet.prefillers if fleet.is_split else fleet.decoders
+    return Forecast(
+        first_s=float(fleet.queued_tokens[prefill]) / rate + own_s,
+        own_s=own_s,
+        tokens=int(tokens),
+        tokens_per_s=float(fleet.prefill_tokens_per_s[sharing].sum()),
+    )
+
+
+def price_s(ask: Ask, fleet: Fleet, choice: Choice) -> float:
+    """Seconds until the first token, for moving KV, and that streams already there add to the output."""
+    decode = fleet.names.index(choice.decode)
+    price = forecast(ask, fleet, choice).first_s + float(decode_s(ask, fleet)[decode])
+    if choice.prefill:
+        byte_s = fleet.path(fleet.names.index(choice.prefill[0])).byte_s[decode]
+        price += float(byte_s * ask.token_bytes * ask.uncached_tokens[decode])
+    return price
+
+
+def _is_in_place(fleet: Fleet, prefill: int, decode: int) -> bool:
+    return prefill == decode or bool(fleet.memory[prefill] >= 0 and fleet.memory[prefill] == fleet.memory[decode])
