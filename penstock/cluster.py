@@ -94,3 +94,4 @@ class ModelCard(msgspec.Struct, frozen=True):
     name: str
     max_context_tokens: int  # prompt and output share it; the least of the workers that serve the model
     supports: tuple[str, ...] = ()
+    base: str = ""  # of an adapter: the model that it adapts

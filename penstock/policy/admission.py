@@ -15,13 +15,13 @@ OWN_SHARE = 0.5  # of the objective: a prompt that alone takes longer than that 
 class ServiceLevel:
     """What requests are admitted for: `ttft_s` from arrival to the first token. Infinite: whatever comes may go.
 
-    A request that is predicted to take more than `patience` times that is refused; at most `queued` wait. Tenants
+    A request that is predicted to take more than `patience` times that is refused; at most `max_queued` wait. Tenants
     share what there is by `weights`, 1 where nothing is said.
     """
 
     ttft_s: float = math.inf
     patience: float = 1.0
-    queued: int = 256
+    max_queued: int = 256
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property

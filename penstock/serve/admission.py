@@ -94,7 +94,7 @@ class Admission:
         called = asyncio.get_running_loop().create_future()
         self._turns[one] = _Turn(request, now, due_s, wait_s, called)
         self._queue.put(one)
-        while len(self._queue) > self._level.queued:
+        while len(self._queue) > self._level.max_queued:
             self._send_away()
         self.look()
         self._measured.waiting = len(self._turns)

@@ -9,6 +9,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass, field
 from random import Random
 
+from msgspec.structs import replace
+
 from penstock import clock
 from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
@@ -89,15 +91,13 @@ class Router:
         return self._fleet
 
     def cards(self) -> dict[str, ModelCard]:
-        """Models that live workers serve, by name."""
+        """Models and adapters that live workers serve, by name."""
         found: dict[str, ModelCard] = {}
         for standing in self._fleet.values():
             member = standing.member
-            limit, supports = member.max_context_tokens, member.supports
-            if (known := found.get(member.model)) is not None:
-                limit = min(limit, known.max_context_tokens)
-                supports = tuple(feature for feature in known.supports if feature in supports)
-            found[member.model] = ModelCard(member.model, limit, supports)
+            own = ModelCard(member.model, member.max_context_tokens, member.supports)
+            for card in (own, *(replace(own, name=name, base=member.model) for name in member.adapters)):
+                found[card.name] = _common(found.get(card.name, card), card)
         return found
 
     async def wait_ready(self, workers: int) -> None:
@@ -188,6 +188,14 @@ class Router:
             wishes.insert(0, stay)
         return fleet, keeping(self._policy, wishes, self._affinity_s) if wishes else self._policy
 
+    def _has_place(self, request: Request) -> bool:
+        """Whether anybody takes the request now."""
+        try:
+            self._constrained(request, self._roster(request.model), {})
+        except (NoWorker, UnknownModel):
+            return False
+        return True
+
     def _labels_of(self, model: str, fleet: Fleet) -> Labelled:
         labelled = self._labelled.get(model)
         if labelled is None or labelled.names is not fleet.names:
@@ -241,15 +249,21 @@ class Router:
 
     def _move_from_draining(self) -> None:
         """Streams of workers that are about to leave go on elsewhere, where there is somebody who takes them."""
-        models = {each.member.model: None for each in self._fleet.values() if not each.draining}
         for stream in self._streams:
             standing = self._fleet.get(stream.worker)
-            if standing is not None and standing.draining and standing.member.model in models:
+            if standing is not None and standing.draining and self._has_place(stream.request):
                 stream.move()
 
 
 _ANYWHERE = Constraints()
 _NO_WAIT = nullcontext()
+
+
+def _common(one: ModelCard, other: ModelCard) -> ModelCard:
+    """What workers of both kinds can do."""
+    limit = min(one.max_context_tokens, other.max_context_tokens)
+    supports = tuple(feature for feature in one.supports if feature in other.supports)
+    return replace(one, max_context_tokens=limit, supports=supports)
 
 
 def _narrowed(fleet: Fleet, fits: Mask, wanted: Constraints, labelled: Labelled) -> Fleet:

@@ -110,6 +110,11 @@ class Stream:
         self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
 
     @property
+    def request(self) -> Request:
+        """As it came."""
+        return self._request
+
+    @property
     def worker(self) -> str:
         """Its decode worker."""
         return self._standing.member.worker
