@@ -11,7 +11,8 @@ from penstock.policy.routing.api import HANDOVER_S, Ask, Choice, Fleet, decode_s
 class Forecast:
     """What a request would meet if it were routed now: `first_s` until its first token, `own_s` if it were alone.
 
-    It leaves `tokens` to compute; the workers among which it was chosen who does that compute `tokens_per_s` together.
+    It leaves `tokens` to compute. All workers that it may go to can compute `tokens_per_s` together: a policy that has
+    decode workers compute no prompts gets less out of them.
     """
 
     first_s: float
@@ -28,12 +29,11 @@ def forecast(ask: Ask, fleet: Fleet, choice: Choice) -> Forecast:
     holder = decode if _is_in_place(fleet, prefill, decode) else prefill
     tokens = float(ask.uncached_tokens[holder])
     own_s = tokens / rate + float(ask.restore_s[holder]) + (HANDOVER_S if choice.prefill else 0.0)
-    sharing = fleet.prefillers if fleet.is_split else fleet.decoders
     return Forecast(
         first_s=float(fleet.queued_tokens[prefill]) / rate + own_s,
         own_s=own_s,
         tokens=int(tokens),
-        tokens_per_s=float(fleet.prefill_tokens_per_s[sharing].sum()),
+        tokens_per_s=float(fleet.prefill_tokens_per_s[fleet.usable].sum()),
     )
 
 

@@ -107,14 +107,17 @@ class Router:
 
     @asynccontextmanager
     async def generate(self, request: Request) -> AsyncIterator[Stream]:
-        """The request's tokens; leaving the block cancels what still runs. Raises NoWorker, UnknownModel."""
+        """The request's tokens; leaving the block cancels what still runs.
+
+        Raises NoWorker, UnknownModel, and what `admitted` raises.
+        """
         stream = Stream(self, request)
-        self._streams[stream] = None
         try:
             await stream.start()
+            self._streams[stream] = None
             yield stream
         finally:
-            del self._streams[stream]
+            self._streams.pop(stream, None)
             await stream.close()
 
     # For Stream
