@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from penstock import clock
 from penstock.errors import DeadlineExceeded, Overloaded, OverShare, PenstockError
 from penstock.metrics import QueueMetrics, count
-from penstock.policy.admission import ServiceLevel
+from penstock.policy.admission import ServiceLevel, expected_s
 from penstock.policy.fair_queue import FairQueue, Waiting
 from penstock.policy.forecast import Forecast
 from penstock.request import Request
@@ -87,12 +87,12 @@ class Admission:
         wishes = request.constraints
         lane = (request.model, wishes.require, wishes.adapter)
         one = Waiting(wishes.tenant, wishes.priority, seen.tokens, lane)
-        wait_s = seen.first_s - seen.own_s + self._queue.tokens_ahead(one) / seen.tokens_per_s
-        self._check_limits(request, seen, wait_s)
+        first_s = expected_s(seen, self._queue.tokens_ahead(one))
+        self._check_limits(request, seen, first_s)
         now = clock.now()
         due_s = now + min(self._level.limit_s(seen), request.timeout_s)
         called = asyncio.get_running_loop().create_future()
-        self._turns[one] = _Turn(request, now, due_s, wait_s, called)
+        self._turns[one] = _Turn(request, now, due_s, first_s - seen.own_s, called)
         self._queue.put(one)
         while len(self._queue) > self._level.max_queued:
             self._send_away()
@@ -100,8 +100,8 @@ class Admission:
         self._measured.waiting = len(self._turns)
         return one
 
-    def _check_limits(self, request: Request, seen: Forecast, wait_s: float) -> None:
-        first_s, limit_s = wait_s + seen.own_s, self._level.limit_s(seen)
+    def _check_limits(self, request: Request, seen: Forecast, first_s: float) -> None:
+        limit_s = self._level.limit_s(seen)
         if first_s > request.timeout_s:
             raise self._too_late(request, first_s)
         if first_s > limit_s:
