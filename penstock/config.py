@@ -166,6 +166,9 @@ class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: Annotated[str, msgspec.Meta(min_length=8)] | None = None
     weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
 
+    def __repr__(self) -> str:
+        return f"Tenant(weight={self.weight})"
+
 
 def read_tenants(path: Path | None) -> dict[str, Tenant]:
     """Of such a file, by name. Raises SetupError for one that cannot be read, and for a key that two have."""
