@@ -37,6 +37,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_tokens_per_s: float = 0.0  # 0: not measured yet
     decode_step_s: float = 0.0
     step_prices: StepPrices | None = None
+    computed_tokens: int = 0  # of prompts, by this engine, for whomever
+    prefills: int = 0  # prompts whose last token was among them
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -72,6 +74,7 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES
     labels: dict[str, str] = {}  # such as its zone or rack: requests may require or prefer them
     adapters: tuple[str, ...] = ()  # that it has loaded beside the model
+    chunk_tokens: int = 0  # of a prompt that it computes in one step, at most; 0: whole prompts
     kv_events: str = ""
     kv_replay: str = ""  # the ZMQ endpoint that repeats events, if there is one
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from penstock.policy.forecast import Forecast
 
 OWN_SHARE = 0.5  # of the objective: a prompt that alone takes longer than that has an objective of its own
+AIM = 0.95  # of the objective: forecasts are off by a few percent
+LEARNED_FROM = 50  # requests, about, that tell how far forecasts are off
+MOST_SLOWED = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,8 @@ class ServiceLevel:
         return max(self.ttft_s, seen.own_s / OWN_SHARE)
 
     def limit_s(self, seen: Forecast) -> float:
-        """Seconds after its arrival by which the first token must come."""
-        return self.patience * self.objective_s(seen)
+        """Seconds after its arrival by which the first token is to be expected."""
+        return AIM * self.patience * self.objective_s(seen)
 
     def may_go(self, seen: Forecast) -> bool:
         """Whether the queue at the workers is short enough.
@@ -48,3 +51,25 @@ class ServiceLevel:
 def expected_s(seen: Forecast, tokens_ahead: float) -> float:
     """Seconds until the first token of a request that comes now and lets `tokens_ahead` go before it."""
     return seen.first_s + tokens_ahead / seen.tokens_per_s
+
+
+class Calibration:
+    """How many times as long as foreseen first tokens take: forecasts know nothing of what steps of decoding cost.
+
+    Sums of both, so that long waits count for more; what is long ago fades. Owned by one router's admission.
+    """
+
+    def __init__(self) -> None:
+        self._foreseen_s = 1.0
+        self._took_s = 1.0
+
+    def note(self, foreseen_s: float, took_s: float) -> None:
+        """One request's first token came."""
+        fade = 1 - 1 / LEARNED_FROM
+        self._foreseen_s = fade * self._foreseen_s + foreseen_s
+        self._took_s = fade * self._took_s + took_s
+
+    def corrected(self, seen: Forecast) -> Forecast:
+        """Never to less than was foreseen: workers that do better are found out by their reports."""
+        slowed = min(max(self._took_s / self._foreseen_s, 1.0), MOST_SLOWED)
+        return Forecast(slowed * seen.first_s, slowed * seen.own_s, seen.tokens, seen.tokens_per_s / slowed)

@@ -25,12 +25,12 @@ def forecast(ask: Ask, fleet: Fleet, choice: Choice) -> Forecast:
     """Of `choice`, made for `ask` from `fleet`. It waits for the prompts queued where its own is computed."""
     decode = fleet.names.index(choice.decode)
     prefill = fleet.names.index(choice.prefill[0]) if choice.prefill else decode
-    rate = float(fleet.prefill_tokens_per_s[prefill])
-    holder = decode if _is_in_place(fleet, prefill, decode) else prefill
-    tokens = float(ask.uncached_tokens[holder])
-    own_s = tokens / rate + float(ask.restore_s[holder]) + (HANDOVER_S if choice.prefill else 0.0)
+    holder = decode if fleet.shares_memory(prefill, decode) else prefill
+    tokens, cached = float(ask.uncached_tokens[holder]), float(ask.cached_tokens[holder])
+    own_s = float(fleet.prompt_s(tokens, cached)[prefill] + ask.restore_s[holder])
+    own_s += HANDOVER_S if choice.prefill else 0.0
     return Forecast(
-        first_s=float(fleet.queued_tokens[prefill]) / rate + own_s,
+        first_s=float(fleet.wait_s[prefill]) + own_s,
         own_s=own_s,
         tokens=int(tokens),
         tokens_per_s=float(fleet.prefill_tokens_per_s[fleet.usable].sum()),
@@ -45,7 +45,3 @@ def price_s(ask: Ask, fleet: Fleet, choice: Choice) -> float:
         byte_s = fleet.path(fleet.names.index(choice.prefill[0])).byte_s[decode]
         price += float(byte_s * ask.token_bytes * ask.uncached_tokens[decode])
     return price
-
-
-def _is_in_place(fleet: Fleet, prefill: int, decode: int) -> bool:
-    return prefill == decode or bool(fleet.memory[prefill] >= 0 and fleet.memory[prefill] == fleet.memory[decode])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from penstock import clock
 from penstock.errors import DeadlineExceeded, Overloaded, OverShare, PenstockError
 from penstock.metrics import QueueMetrics, count
-from penstock.policy.admission import ServiceLevel, expected_s
+from penstock.policy.admission import Calibration, ServiceLevel, expected_s
 from penstock.policy.fair_queue import FairQueue, Waiting
 from penstock.policy.forecast import Forecast
 from penstock.request import Request
@@ -32,8 +32,10 @@ class _Turn:
     request: Request
     arrived_s: float
     due_s: float  # when its first token must be there
+    own_s: float  # until then, at least, from when it goes
     wait_s: float  # expected at its arrival
     called: asyncio.Future[PenstockError | None]
+    foreseen_s: float = 0.0  # until its first token, when it was called
 
 
 class Admission:
@@ -49,6 +51,8 @@ class Admission:
         self._queue = FairQueue(level.weights)
         self._turns: dict[Waiting, _Turn] = {}
         self._called: Waiting | None = None
+        self._calibration = Calibration()
+        self._routed: dict[str, tuple[float, float]] = {}  # by request without first token: when, and what was foreseen
 
     @asynccontextmanager
     async def admitted(self, request: Request) -> AsyncIterator[None]:
@@ -56,13 +60,17 @@ class Admission:
 
         Raises Overloaded, OverShare or DeadlineExceeded, and what `foresee` raises.
         """
-        seen = self._foresee(request)
+        foreseen = self._foresee(request)
+        seen = self._calibration.corrected(foreseen)
         if not self._turns and self._level.may_go(seen):
+            self._routed[request.id] = (clock.now(), foreseen.first_s)
             yield
             return
         one = self._enter(request, seen)
+        turn = self._turns[one]
         try:
-            await self._wait(self._turns[one])
+            await self._wait(turn)
+            self._routed[request.id] = (clock.now(), turn.foreseen_s)
             yield
         finally:
             self._leave(one)
@@ -76,12 +84,26 @@ class Admission:
                 self._queue.remove(one)
             elif (seen := self._find_forecast(one, turn)) is None:
                 continue
-            elif self._level.may_go(seen):
+            elif not self._level.may_go(seen):
+                blocked.add(one.lane)
+            elif clock.now() + seen.first_s > turn.due_s:
+                self._dismiss(one, self._waited_in_vain(turn, seen.first_s))
+            else:
                 self._queue.serve(one)
                 self._called = one
                 turn.called.set_result(None)
-            else:
-                blocked.add(one.lane)
+
+    def began(self, request: Request) -> None:
+        """Its first token came. Idempotent."""
+        if (routed := self._routed.pop(request.id, None)) is not None:
+            at_s, first_s = routed
+            self._calibration.note(first_s, clock.now() - at_s)
+        self.look()
+
+    def ended(self, request: Request) -> None:
+        """It is on no worker any more. Idempotent."""
+        self._routed.pop(request.id, None)
+        self.look()
 
     def _enter(self, request: Request, seen: Forecast) -> Waiting:
         wishes = request.constraints
@@ -92,7 +114,7 @@ class Admission:
         now = clock.now()
         due_s = now + min(self._level.limit_s(seen), request.timeout_s)
         called = asyncio.get_running_loop().create_future()
-        self._turns[one] = _Turn(request, now, due_s, first_s - seen.own_s, called)
+        self._turns[one] = _Turn(request, now, due_s, seen.own_s, first_s - seen.own_s, called)
         self._queue.put(one)
         while len(self._queue) > self._level.max_queued:
             self._send_away()
@@ -120,29 +142,30 @@ class Admission:
         else:
             error = Overloaded(f"{waiting} requests wait, the most that may; try again", turn.wait_s)
         count(self._measured.shed, "share" if isinstance(error, OverShare) else "full")
-        self._queue.remove(one)
-        if not turn.called.done():
-            turn.called.set_result(error)
+        self._dismiss(one, error)
 
     def _find_forecast(self, one: Waiting, turn: _Turn) -> Forecast | None:
-        """What `one` would meet now; None if it waited in vain, which it is told."""
+        """What `one` would meet now; None if nobody is there to serve it, which it is told."""
         try:
-            seen = self._foresee(turn.request)
-            if clock.now() + seen.first_s <= turn.due_s:
-                return seen
-            error = self._waited_in_vain(turn, seen.first_s)
-        except PenstockError as refusal:  # nobody is there any more
-            error = refusal
+            foreseen = self._foresee(turn.request)
+        except PenstockError as error:
+            self._dismiss(one, error)
+            return None
+        turn.foreseen_s = foreseen.first_s
+        return self._calibration.corrected(foreseen)
+
+    def _dismiss(self, one: Waiting, error: PenstockError) -> None:
+        """`one` fails with `error`, unless it is about to leave by itself."""
         self._queue.remove(one)
-        turn.called.set_result(error)
-        return None
+        if not (called := self._turns[one].called).done():
+            called.set_result(error)
 
     async def _wait(self, turn: _Turn) -> None:
         try:
-            async with asyncio.timeout_at(turn.due_s):
+            async with asyncio.timeout_at(turn.due_s - turn.own_s):
                 error = await turn.called
         except TimeoutError:
-            error = self._waited_in_vain(turn, 0.0)
+            error = self._waited_in_vain(turn, turn.own_s)
         if error is not None:
             raise error
         self._measured.wait_s.observe(clock.now() - turn.arrived_s)

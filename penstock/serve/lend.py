@@ -47,6 +47,10 @@ log = logging.getLogger(__name__)
 
 _SIDE_BY_SIDE = 2  # writers that may share what is on its way
 
+_METER_S = 0.1
+_PEAK_HALVES_S = 60.0
+_FULL = 0.8
+
 _decode_nothing = msgspec.msgpack.Decoder(None).decode
 
 
@@ -86,6 +90,7 @@ class Lender:
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
         self.layout = shared.region.layout
         self._lent: dict[int, Borrowing] = {}
+        self.arrivals = Meter()
         stepper.on_starved = self._call_off
 
     def lend(self, borrowing: Borrowing, chunk_tokens: int) -> bool:
@@ -117,22 +122,21 @@ class Lender:
     def share_out(self) -> None:
         """Grants what writers over the wire wait for, as far as there is room on it: who lacks least comes first.
 
-        Nobody takes more of the room than a part of it, for a writer may be slow for reasons of its own. Who lacks less
-        than that part never waits for others.
+        Nobody has more than a part of the room ahead of what is here, and nobody waits for writers that are slow for
+        reasons of their own: only while as much arrives as ever did. Who lacks less than a part does not wait at all.
         """
         line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
         most = self.options.incoming_bytes // self.layout.block_bytes
-        part = max(1, most // _SIDE_BY_SIDE)
+        part = max(1, most // min(_SIDE_BY_SIDE, max(1, len(line))))
+        is_full = self.arrivals.is_at_peak(clock.now())
         for borrowing in line:
-            more = borrowing.wanted_blocks - borrowing.granted_blocks
+            more, before = borrowing.wanted_blocks - borrowing.granted_blocks, borrowing.incoming_blocks
+            if borrowing.lacking_blocks > part:
+                room = most - incoming if is_full and incoming else part
+                more = min(more, room, part - borrowing.granted_blocks + borrowing.moved_blocks)
             if borrowing.lease is None or more <= 0:
                 continue
-            before = borrowing.incoming_blocks
-            if incoming and borrowing.lacking_blocks > part:
-                more = min(more, most - incoming, part - before)
-                if more <= 0:
-                    continue
             try:
                 self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)
             except PenstockError as error:
@@ -174,6 +178,27 @@ class Lender:
         """Decodes need the blocks more than this prefill."""
         if (borrowing := self._lent.get(lease.id)) is not None:
             borrowing.call.fail(LeaseLost(f"lease {lease.id} was called off: running requests need its blocks"))
+
+
+class Meter:
+    """How fast KV arrives here, of all writers together, and how fast it ever did, of which some is forgotten."""
+
+    def __init__(self) -> None:
+        self._since_s = 0.0
+        self._blocks = 0
+        self._peak = 0.0  # blocks per second
+
+    def note(self, now: float, blocks: int) -> None:
+        """So many more are here."""
+        self._blocks += blocks
+        if (passed_s := now - self._since_s) >= _METER_S:
+            kept = 0.5 ** (passed_s / _PEAK_HALVES_S)
+            self._peak = max(self._peak * kept, self._blocks / passed_s)
+            self._since_s, self._blocks = now, 0
+
+    def is_at_peak(self, now: float) -> bool:
+        """Whether it could hardly be faster, as far as is known."""
+        return self._blocks >= _FULL * self._peak * (now - self._since_s - _METER_S)
 
 
 class Reclaimer:
@@ -352,6 +377,7 @@ class Borrowing:
     def _note_moved(self, message: Wrote) -> None:
         self.computed_blocks = self._lender.layout.blocks_for(message.tokens) - len(self.pinned)
         if message.moved > self.moved_blocks:
+            self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved
             self._lender.share_out()
 

@@ -134,12 +134,13 @@ class Router:
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        fleet, policy = self._constrained(request, roster, avoid)
+        now = clock.now()
+        fleet, policy = self._constrained(now, request, roster, avoid)
         ask, found = roster.ask(request)
-        choice = policy(clock.now(), ask, fleet, self._rng)
+        choice = policy(now, ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
-            choice = policy(clock.now(), ask, fleet, self._rng)
-        roster.book(request.id, ask, found, choice)
+            choice = policy(now, ask, fleet, self._rng)
+        roster.book(request.id, ask, found, choice, now)
         if request.constraints.session:
             self._sessions.note(_session(request), (choice.decode, self._fleet[choice.decode].member.epoch))
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
@@ -150,13 +151,20 @@ class Router:
         """The first token came."""
         if (roster := self._rosters.get(request.model)) is not None:
             roster.prefilled(request.id, clock.now())
-            self._load_changed()
+        if self._admission is not None:
+            self._admission.began(request)
+
+    def moved(self, request: Request) -> None:
+        """The second token came."""
+        if (roster := self._rosters.get(request.model)) is not None:
+            roster.moved(request.id)
 
     def release(self, request: Request) -> None:
         """The request is on no worker any more."""
         if (roster := self._rosters.get(request.model)) is not None:
             roster.release(request.id, clock.now())
-            self._load_changed()
+        if self._admission is not None:
+            self._admission.ended(request)
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""
@@ -164,27 +172,25 @@ class Router:
         self._avoid_until_s = {key: until_s for key, until_s in self._avoid_until_s.items() if until_s > now}
         self._avoid_until_s[(member.worker, member.epoch)] = now + self.options.avoid_s
 
-    def _load_changed(self) -> None:
-        if self._admission is not None:
-            self._admission.look()
-
     def _foresee(self, request: Request) -> Forecast:
         """What the request would meet if it were routed now. Raises NoWorker, UnknownModel."""
-        roster = self._roster(request.model)
-        fleet, policy = self._constrained(request, roster, {})
+        roster, now = self._roster(request.model), clock.now()
+        fleet, policy = self._constrained(now, request, roster, {})
         ask, _ = roster.ask(request)
-        return forecast(ask, fleet, policy(clock.now(), ask, fleet, self._rng))
+        return forecast(ask, fleet, policy(now, ask, fleet, self._rng))
 
-    def _constrained(self, request: Request, roster: Roster, avoid: Mapping[str, int]) -> tuple[Fleet, Route]:
+    def _constrained(
+        self, now: float, request: Request, roster: Roster, avoid: Mapping[str, int]
+    ) -> tuple[Fleet, Route]:
         """The workers that the request may go to, and how to choose among them. Raises NoWorker."""
-        wanted, fleet = request.constraints, roster.fleet(avoid, self._avoided())
+        wanted, fleet = request.constraints, roster.fleet(now, avoid, self._avoided())
         if wanted == _ANYWHERE:
             return fleet, self._policy
         labelled = self._labels_of(request.model, fleet)
         if wanted.require or wanted.adapter:
             fits = labelled.having(wanted.require) & labelled.with_adapter(wanted.adapter)
             if not (fits & fleet.usable).any():
-                fleet = roster.fleet(avoid)  # an avoided worker is better than none
+                fleet = roster.fleet(now, avoid)  # an avoided worker is better than none
             fleet = _narrowed(fleet, fits, wanted, labelled)
         wishes = closest_first(labelled, wanted.prefer)
         if wanted.session and (stay := self._session_at(request, fleet)) is not None:
@@ -194,7 +200,7 @@ class Router:
     def _has_place(self, request: Request) -> bool:
         """Whether anybody takes the request now."""
         try:
-            self._constrained(request, self._roster(request.model), {})
+            self._constrained(clock.now(), request, self._roster(request.model), {})
         except (NoWorker, UnknownModel):
             return False
         return True
@@ -228,6 +234,7 @@ class Router:
         ]
 
     def _update(self, fleet: dict[str, Standing]) -> None:
+        now = clock.now()
         self._fleet = fleet
         models: dict[str, dict[str, Standing]] = {}
         for name, standing in fleet.items():
@@ -236,8 +243,9 @@ class Router:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
             self._labelled.pop(model, None)
         for model, standings in models.items():
-            self._rosters.setdefault(model, Roster(self._wiring)).update(standings)
-        self._load_changed()
+            self._rosters.setdefault(model, Roster(self._wiring)).update(standings, now)
+        if self._admission is not None:
+            self._admission.look()
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.

@@ -85,6 +85,8 @@ class Stepper:
         self.busy_s = 0.0
         self.span_s = 0.0  # from the end of the first of the last steps to that of the last
         self.preemptions = 0
+        self.computed_tokens = 0  # of prompts
+        self.prefills = 0
         self.on_starved: Callable[[Lease], None] = lambda lease: None  # the decoder calls the youngest lease off
         self._engine = engine
         self._multi_step = engine if isinstance(engine, MultiStepEngine) else None
@@ -101,6 +103,7 @@ class Stepper:
         self._in_step: list[Run] = []
         self._after_step: list[Callable[[], None]] = []
         self._guests_turn = False
+        self._step_tokens = 0  # of prompts, in the step in progress
         self._is_multi_step = False
         self._wake = asyncio.Event()
 
@@ -141,9 +144,13 @@ class Stepper:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens yet to be computed here."""
+        """Prompt tokens yet to be computed here. Those of the step in progress count as done as far as it should be."""
         prefilling = (run.pending for run in (*self._running, *self._waiting, *self._guests))
-        return sum(pending for pending in prefilling if pending > 1)
+        queued = sum(pending for pending in prefilling if pending > 1)
+        if not self._step_tokens:
+            return queued
+        done = min(1.0, (clock.now() - self._free_s) / self._fit.model.seconds(chunk(self._step_tokens)))
+        return max(0, queued - int(done * self._step_tokens))
 
     def wait_for_turn(self, run: Run) -> None:
         """Queues an own sequence that holds no blocks."""
@@ -283,6 +290,7 @@ class Stepper:
     async def _compute(self, chosen: list[tuple[Run, int]]) -> None:
         steps = self._count_alike(chosen)
         self._in_step = [run for run, _ in chosen]
+        self._step_tokens = sum(tokens for _, tokens in chosen if tokens > 1)
         step = Step(chosen[0][0].region, [_slice(*each) for each in chosen])
         try:
             results = await self._ask_engine(step, steps)
@@ -297,6 +305,7 @@ class Stepper:
         made = len(results[0]) if steps > 1 else 1
         # From the end of the step before, if that came at once: planning and handing out results take time as well.
         started_s, self._free_s = self._free_s, clock.now()
+        self.computed_tokens += self._step_tokens
         self._measure(chosen, made, self._free_s - started_s)
         left = self._land()
         for (run, tokens), sampled in zip(chosen, results, strict=True):
@@ -318,7 +327,7 @@ class Stepper:
         """The step is over: runs that left meanwhile let go of their blocks. Returns those runs."""
         present = (*self._running, *self._waiting, *self._guests)
         left = [run for run in self._in_step if run not in present] if self._after_step else []
-        self._in_step = []
+        self._in_step, self._step_tokens = [], 0
         callbacks, self._after_step = self._after_step, []
         for then in callbacks:
             then()
@@ -329,6 +338,7 @@ class Stepper:
         self.steps += steps
         self.busy_s += seconds
         self.span_s = seconds * (steps - 1) / steps
+        self.prefills += sum(tokens > 1 and tokens == run.pending for run, tokens in chosen)
         later = (steps - 1) / 2
         work = _work([(tokens, run.computed + later) for run, tokens in chosen])
         self._fit.observe(work, seconds / steps)

@@ -71,6 +71,10 @@ class Choices(Protocol):
         """The first token came."""
         ...
 
+    def moved(self, request: Request) -> None:
+        """The second token came."""
+        ...
+
     def release(self, request: Request) -> None:
         """The request is on no worker any more."""
         ...
@@ -105,6 +109,7 @@ class Stream:
         self._attempts = 0  # at it, that failed
         self._failures: list[str] = []
         self._moves = 0
+        self._frames = 0  # of tokens, from the present worker
         self._first: Timeline | None = None  # as it was when the worker that gave the first token was lost
         self.timeline: Timeline | None = None
         self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
@@ -218,7 +223,7 @@ class Stream:
             try:
                 peer = await self._router.endpoint.peer(self._standing.member.addresses)
                 self._call = peer.call("generate", GenerateAsk(self._so_far(), self._plan))
-                self._sent_s = clock.now()
+                self._sent_s, self._frames = clock.now(), 0
             except ConnectionLost as error:
                 self._router.release(self._request)
                 await self._replace(error)
@@ -232,8 +237,11 @@ class Stream:
         return outputs
 
     def _take(self, outputs: list[Output]) -> tuple[list[Token], Finish | None]:
-        if not self._output:
+        if self._frames == 0:
             self._router.prefilled(self._request)
+        elif self._frames == 1:
+            self._router.moved(self._request)
+        self._frames += 1
         tokens = [token for output in outputs for token in output.tokens]
         self._output += pack([token.id for token in tokens])
         self._attempts = 0

@@ -130,6 +130,8 @@ class Worker:
             prefill_tokens_per_s=stepper.pace.prefill_tokens_per_s,
             decode_step_s=stepper.pace.decode_step_s,
             step_prices=stepper.pace.step_prices,
+            computed_tokens=stepper.computed_tokens,
+            prefills=stepper.prefills,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             output_tokens=counters.output_tokens,
@@ -219,6 +221,7 @@ class Worker:
             engine=info.name,
             supports=info.supports,
             labels=dict(options.labels),
+            chunk_tokens=options.limits.step_tokens,
         )
 
     def _assemble(self, shared: Shared, endpoint: Endpoint) -> None:

@@ -451,7 +451,9 @@ def test_many_writers_are_granted_no_more_than_arrives_and_do_not_all_wait_for_a
         async with streamed(prefill=6, policy=policy, worker=worker) as world:
             for name in names:
                 throttle(world, PROMPT * TOKEN_BYTES / 4, name)
-            asking = [asyncio.create_task(world.ask(tokens=PROMPT)) for _ in names]
+            asking = [asyncio.create_task(world.ask(tokens=PROMPT)) for _ in names[1:]]
+            await asyncio.sleep(1)  # so long that the link is known to be full when the last one comes
+            asking.append(asyncio.create_task(world.ask(tokens=PROMPT)))
             lent = []
             while not all(task.done() for task in asking):
                 lent.append(world.workers["decode-0"].load().leased_blocks)

@@ -90,7 +90,7 @@ class Fleet:
     """The workers of one model that take requests: one entry each in every column, in the order of `names`.
 
     Columns belong to the router, which keeps them up to date: a policy only reads them. Load is what the worker
-    reported, or what this router has sent there since, where that is more. `decoders` and `prefillers` are positions
+    reported, or what this router has sent there, where that is more; waits are as of now, see `policy.ledger`. `decoders` and `prefillers` are positions
     of those to choose from: who prefers that role, or everybody where nobody does. A prefiller reaches some decoder.
     """
 
@@ -100,7 +100,8 @@ class Fleet:
     memory: Indices  # equal: they compute in each other's KV blocks in place; -1: alone
     network: Indices  # equal: they can send KV to each other; -1: alone
     devices: Sequence[str]  # for `wiring`
-    queued_tokens: Floats  # of prompts, to be computed there
+    wait_s: Floats  # until the prompts that are queued there are computed
+    queued_tokens: Floats  # that many at `prefill_tokens_per_s`
     prefills: Floats  # requests whose prompts are to be computed there
     streams: Floats  # requests that will decode or do decode there
     used_blocks: Floats
@@ -108,6 +109,11 @@ class Fleet:
     block_tokens: Floats
     prefill_tokens_per_s: Floats  # of those that have not measured it: the mean of the others
     decode_step_s: Floats
+    prices: Floats  # [4, workers]: seconds of a step for a prompt token, a pair of one and a token before it, a sequence
+    # that decodes, and a cached token that it reads; 0: unknown
+    arrivals_per_s: Floats  # prompts that were computed there, lately
+    busy_share: Floats  # of the time, with prompts, lately
+    chunk_tokens: Floats  # of a prompt, computed in one step at most
     outgoing_bytes: Floats  # of transfers that are decided and not yet over
     incoming_bytes: Floats
     wiring: Wiring | None = None
@@ -124,6 +130,16 @@ class Fleet:
         prefillers = prefillers[self._helps(prefillers, decoders)]
         is_split = prefillers.size > 0 and not np.array_equal(prefillers, decoders)
         return replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split, usable=usable)
+
+    def prompt_s(self, tokens: Floats | float, context: Floats | float) -> Floats:
+        """Seconds that each worker takes to compute `tokens` of a prompt after `context` that are cached."""
+        token_s, pair_s = self.prices[:2]
+        exact = token_s * tokens + pair_s * (tokens * (context + np.multiply(tokens, 0.5)))
+        return np.where(token_s > 0, exact, tokens / self.prefill_tokens_per_s)
+
+    def shares_memory(self, one: int, other: int) -> bool:
+        """Whether they compute in each other's blocks."""
+        return bool(self.memory[one] >= 0 and self.memory[one] == self.memory[other])
 
     def path(self, source: int) -> Path:
         """Prices of a hand-over from `source` to each worker; nothing is moved inside a memory."""

@@ -72,12 +72,12 @@ class Distances:
 
 def roster_of(workers: Sequence[Worker], wiring: Wiring | None = None) -> Roster:
     roster = Roster(wiring)
-    roster.update({worker.name: worker.standing for worker in workers})
+    roster.update({worker.name: worker.standing for worker in workers}, 0.0)
     return roster
 
 
 def fleet_of(workers: Sequence[Worker], wiring: Wiring | None = None) -> Fleet:
-    return roster_of(workers, wiring).fleet()
+    return roster_of(workers, wiring).fleet(0.0)
 
 
 def ask_of(workers: Sequence[Worker], prompt_tokens: int, max_tokens: int = 100, number: int = 0) -> Ask:
