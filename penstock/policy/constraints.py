@@ -7,18 +7,74 @@ the preferred ones, and they are kept to while that costs at most so many second
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
 import numpy as np
 
-from penstock.cluster import Member
+from penstock.cluster import Member, Standing
+from penstock.errors import NoWorker
 from penstock.policy.forecast import price_s
 from penstock.policy.routing.api import Ask, Choice, Fleet, Mask, Route
-from penstock.request import Label
+from penstock.request import Constraints, Label, Request
 
+ANYWHERE = Constraints()
 KEPT_SESSIONS = 1 << 16
+
+
+class Steering:
+    """Owned by one router: the labels of its workers and their sessions. `standings` are its workers by name."""
+
+    def __init__(self, extra_s: float) -> None:
+        self._extra_s = extra_s
+        self._sessions = Sessions()
+        self._labelled: dict[str, Labelled] = {}  # by model
+
+    def narrowed(self, request: Request, fleet: Fleet, standings: Mapping[str, Standing]) -> Fleet:
+        """Those of `fleet` that have what the request requires. Raises NoWorker."""
+        wanted = request.constraints
+        if not wanted.require and not wanted.adapter:
+            return fleet
+        labelled = self._labels_of(request.model, fleet, standings)
+        usable = fleet.usable & labelled.having(wanted.require) & labelled.with_adapter(wanted.adapter)
+        if usable.any():
+            return fleet.only(usable)
+        adapter = f" and the adapter {wanted.adapter}" if wanted.adapter else ""
+        required = ", ".join(f"{name}={value}" for name, value in wanted.require) or "whatever labels"
+        raise NoWorker(f"no worker with {required}{adapter} takes requests now; there is {labelled.described()}")
+
+    def keeping(self, route: Route, request: Request, fleet: Fleet, standings: Mapping[str, Standing]) -> Route:
+        """`route`, kept to what the request prefers of `fleet`."""
+        wanted, wishes = request.constraints, list[Mask]()
+        if wanted.session and (stay := self._staying(request, fleet, standings)) is not None:
+            wishes.append(stay)
+        if wanted.prefer:
+            wishes += closest_first(self._labels_of(request.model, fleet, standings), wanted.prefer)
+        return keeping(route, wishes, self._extra_s) if wishes else route
+
+    def note(self, request: Request, decode: Member) -> None:
+        """The request was sent there."""
+        if request.constraints.session:
+            self._sessions.note(_session(request), (decode.worker, decode.epoch))
+
+    def forget(self, model: str) -> None:
+        """Nobody serves it any more. Idempotent."""
+        self._labelled.pop(model, None)
+
+    def _staying(self, request: Request, fleet: Fleet, standings: Mapping[str, Standing]) -> Mask | None:
+        worker, epoch = self._sessions.find(_session(request)) or ("", 0)
+        standing = standings.get(worker)
+        if standing is None or standing.member.epoch != epoch:
+            return None
+        return staying_at(fleet, worker)
+
+    def _labels_of(self, model: str, fleet: Fleet, standings: Mapping[str, Standing]) -> Labelled:
+        labelled = self._labelled.get(model)
+        if labelled is None or labelled.names is not fleet.names:
+            members = [standings[name].member for name in fleet.names]
+            labelled = self._labelled[model] = Labelled(fleet.names, members)
+        return labelled
 
 
 class Labelled:
@@ -107,3 +163,7 @@ def keeping(route: Route, wishes: Sequence[Mask], extra_s: float) -> Route:
 
 def _is_granted(fleet: Fleet, wish: Mask, choice: Choice) -> bool:
     return all(wish[fleet.names.index(worker)] for worker in (choice.decode, *choice.prefill[:1]))
+
+
+def _session(request: Request) -> tuple[str, str, str]:
+    return request.model, request.constraints.tenant, request.constraints.session

@@ -17,12 +17,12 @@ from penstock.discovery.api import Discovery
 from penstock.errors import NoWorker, UnknownModel
 from penstock.metrics import QueueMetrics
 from penstock.policy.admission import ServiceLevel
-from penstock.policy.constraints import Labelled, Sessions, closest_first, keeping, staying_at
+from penstock.policy.constraints import ANYWHERE, Steering
 from penstock.policy.forecast import Forecast, forecast
 from penstock.policy.routing import pairs
-from penstock.policy.routing.api import Fleet, Mask, Route, Wiring
+from penstock.policy.routing.api import Fleet, Route, Wiring
 from penstock.policy.routing.roster import Roster
-from penstock.request import Constraints, Plan, Request
+from penstock.request import Plan, Request
 from penstock.serve.admission import Admission
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
@@ -61,12 +61,10 @@ class Router:
         self._rng = rng
         self._policy = policy
         self._wiring = wiring
-        self._affinity_s = service.affinity_s
         self._admission: Admission | None = None  # where whatever comes may go
         if service.level.is_limited:
             self._admission = Admission(service.level, self._foresee, queued or QueueMetrics())
-        self._sessions = Sessions()
-        self._labelled: dict[str, Labelled] = {}  # by model
+        self._steering = Steering(service.affinity_s)
         self._fleet: dict[str, Standing] = {}
         self._rosters: dict[str, Roster] = {}  # by model
         self._avoid_until_s: dict[tuple[str, int], float] = {}
@@ -133,16 +131,14 @@ class Router:
 
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
-        roster = self._roster(request.model)
-        now = clock.now()
-        fleet, policy = self._constrained(now, request, roster, avoid)
+        roster, now = self._roster(request.model), clock.now()
+        fleet, policy = self._constrained(now, request, avoid)
         ask, found = roster.ask(request)
         choice = policy(now, ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
             choice = policy(now, ask, fleet, self._rng)
         roster.book(request.id, ask, found, choice, now)
-        if request.constraints.session:
-            self._sessions.note(_session(request), (choice.decode, self._fleet[choice.decode].member.epoch))
+        self._steering.note(request, self._fleet[choice.decode].member)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
@@ -174,50 +170,30 @@ class Router:
 
     def _foresee(self, request: Request) -> Forecast:
         """What the request would meet if it were routed now. Raises NoWorker, UnknownModel."""
-        roster, now = self._roster(request.model), clock.now()
-        fleet, policy = self._constrained(now, request, roster, {})
-        ask, _ = roster.ask(request)
+        now = clock.now()
+        fleet, policy = self._constrained(now, request, {})
+        ask, _ = self._roster(request.model).ask(request)
         return forecast(ask, fleet, policy(now, ask, fleet, self._rng))
 
-    def _constrained(
-        self, now: float, request: Request, roster: Roster, avoid: Mapping[str, int]
-    ) -> tuple[Fleet, Route]:
-        """The workers that the request may go to, and how to choose among them. Raises NoWorker."""
-        wanted, fleet = request.constraints, roster.fleet(now, avoid, self._avoided())
-        if wanted == _ANYWHERE:
+    def _constrained(self, now: float, request: Request, avoid: Mapping[str, int]) -> tuple[Fleet, Route]:
+        """The workers that the request may go to, and how to choose among them. Raises NoWorker, UnknownModel."""
+        roster = self._roster(request.model)
+        fleet = roster.fleet(now, avoid, self._avoided())
+        if request.constraints == ANYWHERE:
             return fleet, self._policy
-        labelled = self._labels_of(request.model, fleet)
-        if wanted.require or wanted.adapter:
-            fits = labelled.having(wanted.require) & labelled.with_adapter(wanted.adapter)
-            if not (fits & fleet.usable).any():
-                fleet = roster.fleet(now, avoid)  # an avoided worker is better than none
-            fleet = _narrowed(fleet, fits, wanted, labelled)
-        wishes = closest_first(labelled, wanted.prefer)
-        if wanted.session and (stay := self._session_at(request, fleet)) is not None:
-            wishes.insert(0, stay)
-        return fleet, keeping(self._policy, wishes, self._affinity_s) if wishes else self._policy
+        try:
+            fleet = self._steering.narrowed(request, fleet, self._fleet)
+        except NoWorker:  # an avoided worker is better than none
+            fleet = self._steering.narrowed(request, roster.fleet(now, avoid), self._fleet)
+        return fleet, self._steering.keeping(self._policy, request, fleet, self._fleet)
 
     def _has_place(self, request: Request) -> bool:
         """Whether anybody takes the request now."""
         try:
-            self._constrained(clock.now(), request, self._roster(request.model), {})
+            self._constrained(clock.now(), request, {})
         except (NoWorker, UnknownModel):
             return False
         return True
-
-    def _labels_of(self, model: str, fleet: Fleet) -> Labelled:
-        labelled = self._labelled.get(model)
-        if labelled is None or labelled.names is not fleet.names:
-            members = [self._fleet[name].member for name in fleet.names]
-            labelled = self._labelled[model] = Labelled(fleet.names, members)
-        return labelled
-
-    def _session_at(self, request: Request, fleet: Fleet) -> Mask | None:
-        worker, epoch = self._sessions.find(_session(request)) or ("", 0)
-        standing = self._fleet.get(worker)
-        if standing is None or standing.member.epoch != epoch:
-            return None
-        return staying_at(fleet, worker)
 
     def _roster(self, model: str) -> Roster:
         if self._fleet and model not in self._rosters:
@@ -241,7 +217,7 @@ class Router:
             models.setdefault(standing.member.model, {})[name] = standing
         for model in [model for model in self._rosters if model not in models]:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
-            self._labelled.pop(model, None)
+            self._steering.forget(model)
         for model, standings in models.items():
             self._rosters.setdefault(model, Roster(self._wiring)).update(standings, now)
         if self._admission is not None:
@@ -266,7 +242,6 @@ class Router:
                 stream.move()
 
 
-_ANYWHERE = Constraints()
 _NO_WAIT = nullcontext()
 
 
@@ -275,16 +250,3 @@ def _common(one: ModelCard, other: ModelCard) -> ModelCard:
     limit = min(one.max_context_tokens, other.max_context_tokens)
     supports = tuple(feature for feature in one.supports if feature in other.supports)
     return replace(one, max_context_tokens=limit, supports=supports)
-
-
-def _narrowed(fleet: Fleet, fits: Mask, wanted: Constraints, labelled: Labelled) -> Fleet:
-    usable = fleet.usable & fits
-    if usable.any():
-        return fleet.only(usable)
-    adapter = f" and the adapter {wanted.adapter}" if wanted.adapter else ""
-    required = ", ".join(f"{name}={value}" for name, value in wanted.require) or "whatever labels"
-    raise NoWorker(f"no worker with {required}{adapter} takes requests now; there is {labelled.described()}")
-
-
-def _session(request: Request) -> tuple[str, str, str]:
-    return request.model, request.constraints.tenant, request.constraints.session
