@@ -103,12 +103,12 @@ CELLS = (
     Cell("conversation", "tree", 0.6, split(8, 4), FAST),
     Cell("conversation", "tree", 0.9, split(8, 4), FAST),
     Cell("conversation", "tree", 1.2, split(8, 4), FAST),
-    Cell("conversation", "tree-100g-after", 0.9, split(8, 4, WHOLE), SLOW, is_felt=True),
+    Cell("conversation", "tree-100g-after", 0.6, split(4, 8, WHOLE), SLOW, is_felt=True),
     Cell("synthetic", "tree", 0.9, split(8, 4), FAST),
     Cell("synthetic", "nvl72", 0.9, split(9, 4), NVL72),
     Cell("synthetic", "node-shared", 1.2, SHARED % (4, 2), NODE),
     Cell("agent", "tree", 0.9, split(8, 4), FAST),
-    Cell("agent", "tree-100g", 0.6, split(8, 4), SLOW, is_felt=True),
+    Cell("agent", "tree-100g", 0.6, split(4, 8), SLOW, is_felt=True),
 )
 
 

@@ -25,7 +25,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker's own report. Counters grow from its start; `at_s` is its own clock, good for intervals only."""
 
     at_s: float = 0.0
-    steps: int = 0  # progress: a worker that has work and whose steps stand still is stalled
+    steps: int = 0  # progress: an engine that computes and whose steps stand still is stalled
+    step_s: float = 0.0  # what the engine's call in progress should take, all steps of it together; 0: there is none
     busy_s: float = 0.0  # in these steps
     waiting: int = 0  # sequences queued for blocks, and prefills for others until they are done
     running: int = 0  # sequences that hold blocks here: being prefilled here, or decoding

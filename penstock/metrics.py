@@ -7,7 +7,7 @@ library comes in when somebody scrapes, and the workers' own counters are then r
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -82,10 +82,18 @@ def count(counts: dict[str, int], key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
-def render(metrics: Metrics, standings: Mapping[str, Standing], loop_delay_p99_s: float) -> bytes:
-    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own."""
+def render(
+    metrics: Metrics, standings: Mapping[str, Standing], stalled: Collection[str], loop_delay_p99_s: float
+) -> bytes:
+    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own; workers in `stalled` stand still."""
+    families = (
+        *_of_requests(metrics),
+        *_of_workers(standings),
+        _of_stalls(standings, stalled),
+        *_of_loops(standings, loop_delay_p99_s),
+    )
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page([*_of_requests(metrics), *_of_workers(standings), *_of_loops(standings, loop_delay_p99_s)]))
+    registry.register(_Page([*families]))
     return generate_latest(registry)
 
 
@@ -188,6 +196,15 @@ def _of_workers(standings: Mapping[str, Standing]) -> Iterator[Metric]:
         moved.add_metric([*_labels(standing), "in-place"], standing.load.in_place_bytes)
         moved.add_metric([*_labels(standing), "copied"], standing.load.copied_bytes)
     yield from (usage, moved)
+
+
+def _of_stalls(standings: Mapping[str, Standing], stalled: Collection[str]) -> Metric:
+    still = GaugeMetricFamily(
+        "penstock_worker_stalled", "1 while the worker's engine stands still in a step", labels=_WORKER_LABELS
+    )
+    for name, standing in standings.items():
+        still.add_metric(_labels(standing), float(name in stalled))
+    return still
 
 
 def _of_loops(standings: Mapping[str, Standing], own_p99_s: float) -> Iterator[Metric]:

@@ -5,6 +5,7 @@
     frontend   the HTTP side alone; `serve` starts it, and so can an orchestrator
     profile    how long steps of an engine take here, and a model of it
     topology   what is wired to what
+    route      why a request went where it went
     simulate   a cluster that need not exist, on virtual time
 
 Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
@@ -367,6 +368,40 @@ def topology_probe(
 
     process.log_to_stderr("topology", "warning")
     process.run(probe(join, process.token(), size, partners, out, as_json))
+
+
+route_commands = App(name="route", help="Where requests go, and why.")
+app.command(route_commands)
+
+
+@route_commands.command(name="explain")
+def route_explain(
+    request: str = "",
+    /,
+    *,
+    last: Annotated[bool, Parameter(negative=())] = False,
+    url: str = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Why a running server routed a request as it did: what it believed and predicted, what else there was, and what
+    came of it; needs PENSTOCK_API_KEY where the server has one.
+
+    Parameters
+    ----------
+    request
+        The id of an answer, or the x-request-id of a response.
+    last
+        The last request that came, instead of one by its id.
+    url
+        The server's address, as `penstock serve` prints it.
+    as_json
+        Print the whole record as one JSON object, for scripts.
+    """
+    from penstock.cli.route import explain
+
+    if bool(request) == last:
+        raise SetupError("say which request: its id, or --last, and not both")
+    explain(url, process.api_key(""), request, as_json)
 
 
 def shown(default: object) -> str | None:

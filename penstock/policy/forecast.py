@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.policy.routing.api import HANDOVER_S, Ask, Choice, Fleet, decode_s
+from penstock.policy.routing.api import Ask, Choice, Fleet, decode_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ def forecast(ask: Ask, fleet: Fleet, choice: Choice) -> Forecast:
     prefill = fleet.names.index(choice.prefill[0]) if choice.prefill else decode
     holder = decode if fleet.shares_memory(prefill, decode) else prefill
     tokens, cached = float(ask.uncached_tokens[holder]), float(ask.cached_tokens[holder])
-    own_s = float(fleet.prompt_s(tokens, cached)[prefill] + ask.restore_s[holder])
-    own_s += HANDOVER_S if choice.prefill else 0.0
+    own_s = float(fleet.prompt_s_at(prefill, tokens, cached) + ask.restore_s[holder])
+    own_s += float(fleet.path(prefill).start_s[decode]) if prefill != decode else 0.0
     return Forecast(
         first_s=float(fleet.wait_s[prefill]) + own_s,
         own_s=own_s,

@@ -8,7 +8,7 @@ own bookings, differ by what the others sent since the last report, and agree ag
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,8 +31,13 @@ class Booking:
     prefill_s: float
     blocks: int = 0
     move_bytes: int = 0
+    move_bytes_per_s: float = 0.0  # in the mean, from now until they should be there
     is_prefilled: bool = False
     is_moved: bool = False
+
+
+def _carry_nothing(source: int, target: int, bytes_per_s: float) -> None:
+    pass
 
 
 class Ledger:
@@ -45,12 +50,17 @@ class Ledger:
     def __init__(self) -> None:
         self._bookings: dict[str, Booking] = {}
         self._columns: dict[str, int] = {}
+        self._carry: Callable[[int, int, float], None] = _carry_nothing
         self._recent: list[deque[tuple[float, float]]] = []  # by column: when, and how many seconds of prefill
         self.booked: Floats = np.zeros((5, 0))
         self.busy_until_s: Floats = np.zeros(0)  # when each will have computed the prompts that are queued there
 
-    def seat(self, workers: Sequence[str]) -> None:
-        """Columns are for these workers from now on, in this order. `booked` and `busy_until_s` are new arrays."""
+    def seat(self, workers: Sequence[str], carry: Callable[[int, int, float], None] = _carry_nothing) -> None:
+        """Columns are for these workers from now on, in this order. `booked` and `busy_until_s` are new arrays.
+
+        `carry` is told how many bytes per second more, or less, are booked from one column to another.
+        """
+        self._carry = carry
         before, busy = self._columns, self.busy_until_s
         self._columns = {worker: column for column, worker in enumerate(workers)}
         self._recent = [deque() for _ in workers]
@@ -112,3 +122,5 @@ class Ledger:
                 self.booked[PREFILLS, prefill] += sign
             if not booking.is_moved:
                 self.booked[OUTGOING_BYTES, prefill] += sign * booking.move_bytes
+                if decode is not None and booking.move_bytes:
+                    self._carry(prefill, decode, sign * booking.move_bytes_per_s)

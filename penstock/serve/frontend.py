@@ -6,11 +6,11 @@ A request is one coroutine. It holds the backend's stream in an `async with`, so
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
     GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
-    GET  /health  /live  /ready  /metrics  /debug/requests/{id}  /
+    GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
-what happened to the request under /debug/requests/. `x-penstock-timeline: 1`, or `"penstock": {"timeline": true}`
-in the body, adds the same to the answer.
+what happened to the request, and why it was routed so, under /debug/requests/. `x-penstock-timeline: 1`, or
+`"penstock": {"timeline": true}` in the body, adds what happened to the answer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import asyncio
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import Literal, Protocol
 
@@ -47,6 +48,7 @@ from penstock.errors import (
 from penstock.request import Constraints, Finish, Request, Timeline, Token
 from penstock.serve import openai
 from penstock.serve.answer import Answer, Record
+from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
 from penstock.serve.keys import Keys
 from penstock.serve.openai import Ask, Dialect, Heading
@@ -86,6 +88,14 @@ class Backend(Protocol):
         """Live workers by name."""
         ...
 
+    def stalled(self) -> Collection[str]:
+        """Those of them whose engines stand still."""
+        ...
+
+    def decisions(self, request_id: str) -> list[Decided]:
+        """How a request was routed, in order; none if that is not known."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FrontendOptions:
@@ -102,6 +112,7 @@ class FrontendOptions:
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
+LISTED = 100  # requests, by /debug/requests
 LAST_WORDS_S = 1.0  # for the error that ends a stream to leave
 OPEN_PATHS = ("/health", "/live", "/ready")  # probes have no key
 
@@ -140,6 +151,7 @@ class Frontend:
             "/live": ("GET", self._show_live),
             "/ready": ("GET", self._show_ready),
             "/metrics": ("GET", self._show_metrics),
+            "/debug/requests": ("GET", self._list_records),
         }
         self._prefix_routes: dict[str, tuple[str, Handler]] = {
             "/v1/models/": ("GET", self._show_model),
@@ -308,7 +320,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
-                answer.told = stream.timeline
+                answer.record.timeline = stream.timeline
                 at_s = now()
                 events = answer.events(tokens, finish, at_s)
                 if not exchange.is_started:  # not sooner: what fails before the first token has its own status
@@ -322,7 +334,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
-                answer.told = stream.timeline
+                answer.record.timeline = stream.timeline
                 texts += answer.take(tokens, finish, now())
         await exchange.respond(200, answer.body("".join(texts)))
 
@@ -370,16 +382,22 @@ class Frontend:
         while len(self._records) > 2 * self._options.records:
             self._records.popitem(last=False)
 
+    async def _list_records(self, exchange: Exchange) -> None:
+        """The last ones, the newest first."""
+        records = {record.id: record for record in reversed(self._records.values())}
+        shown = [_head(record) for record in islice(records.values(), LISTED)]
+        await exchange.respond(200, msgspec.json.encode({"requests": shown}))
+
     async def _show_record(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix("/debug/requests/")
-        for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
-            name = name.removeprefix(prefix)
+        name = _without_prefix(exchange.path.removeprefix("/debug/requests/"))
         record = self._records.get(name)
         if record is None:
             raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
         fields = msgspec.structs.asdict(record)
-        if record.timeline is not None:
-            fields["timeline"] = msgspec.structs.asdict(record.timeline)
+        fields["decisions"] = decisions = self._backend.decisions(_without_prefix(record.id))
+        if (timeline := record.timeline) is not None:
+            fields["timeline"] = msgspec.structs.asdict(timeline)
+            fields["compared"] = [part for one in decisions if one.gave_first_token for part in compare(one, timeline)]
         await exchange.respond(200, msgspec.json.encode(fields))
 
     async def _list_models(self, exchange: Exchange) -> None:
@@ -407,6 +425,7 @@ class Frontend:
             "version": __version__,
             "models": list(self._served()),
             "workers": {one.member.worker: one.member.role for one in standings},
+            "stalled": list(self._backend.stalled()),
             "requests": self.metrics.inflight,
         }
         await exchange.respond(200 if status == "ready" else 503, msgspec.json.encode(fields))
@@ -417,7 +436,8 @@ class Frontend:
         return "ready" if self._served() else "no worker"
 
     async def _show_metrics(self, exchange: Exchange) -> None:
-        page = metrics.render(self.metrics, self._backend.standings(), self._pulse.delay_p99_s)
+        backend = self._backend
+        page = metrics.render(self.metrics, backend.standings(), backend.stalled(), self._pulse.delay_p99_s)
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
 
     async def _show_hints(self, exchange: Exchange) -> None:
@@ -430,6 +450,31 @@ class Frontend:
 def _salt(wishes: Constraints) -> str:
     """What tenants and adapters compute is not for others."""
     return f"{wishes.tenant} {wishes.adapter}" if wishes.tenant or wishes.adapter else ""
+
+
+def _without_prefix(name: str) -> str:
+    """The request's own id, of which an answer's is made."""
+    for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _head(record: Record) -> dict[str, object]:
+    """What tells one request from another in a list."""
+    timeline = record.timeline or Timeline()
+    return {
+        "id": record.id,
+        "model": record.model,
+        "created": record.created,
+        "state": record.state,
+        "prefill_worker": timeline.prefill_worker,
+        "decode_worker": timeline.decode_worker,
+        "prompt_tokens": timeline.prompt_tokens,
+        "output_tokens": timeline.output_tokens,
+        "first_token_s": timeline.first_token_s,
+        "ended_s": timeline.ended_s,
+        "error": record.error,
+    }
 
 
 def _encode_prompt(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from random import Random
@@ -14,16 +14,19 @@ from msgspec.structs import replace
 from penstock import clock
 from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
-from penstock.errors import NoWorker, UnknownModel
+from penstock.errors import NoWorker, UnknownModel, WorkerDraining, WorkerStalled
 from penstock.metrics import QueueMetrics
 from penstock.policy.admission import ServiceLevel
 from penstock.policy.constraints import ANYWHERE, Steering
 from penstock.policy.forecast import Forecast, forecast
+from penstock.policy.liveness import Liveness
 from penstock.policy.routing import pairs
-from penstock.policy.routing.api import Fleet, Route, Wiring
+from penstock.policy.routing.api import Fleet, Route
 from penstock.policy.routing.roster import Roster
+from penstock.policy.routing.ways import Wiring
 from penstock.request import Plan, Request
 from penstock.serve.admission import Admission
+from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
@@ -60,6 +63,7 @@ class Router:
         self._discovery = discovery
         self._rng = rng
         self._policy = policy
+        self._policy_name = policy.__module__.rpartition(".")[2]  # by which it is found, see `policy.routing.api`
         self._wiring = wiring
         self._admission: Admission | None = None  # where whatever comes may go
         if service.level.is_limited:
@@ -67,6 +71,8 @@ class Router:
         self._steering = Steering(service.affinity_s)
         self._fleet: dict[str, Standing] = {}
         self._rosters: dict[str, Roster] = {}  # by model
+        self._liveness = Liveness()
+        self._journal = Journal()
         self._avoid_until_s: dict[tuple[str, int], float] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -87,6 +93,14 @@ class Router:
     def standings(self) -> Mapping[str, Standing]:
         """Live workers by name."""
         return self._fleet
+
+    def stalled(self) -> Collection[str]:
+        """Workers whose engines stand still: they get nothing, as long as there are others."""
+        return self._liveness.stalled
+
+    def decisions(self, request_id: str) -> list[Decided]:
+        """How a request was routed, as long as that is remembered."""
+        return self._journal.tell(request_id)
 
     def cards(self) -> dict[str, ModelCard]:
         """Models and adapters that live workers serve, by name."""
@@ -131,8 +145,8 @@ class Router:
 
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
-        roster, now = self._roster(request.model), clock.now()
-        fleet, policy = self._constrained(now, request, avoid)
+        roster, now, avoided = self._roster(request.model), clock.now(), self._avoided()
+        fleet, policy = self._constrained(now, request, avoid, avoided)
         ask, found = roster.ask(request)
         choice = policy(now, ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
@@ -141,10 +155,26 @@ class Router:
         self._steering.note(request, self._fleet[choice.decode].member)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
+        decision = Decision(
+            *(now, self._policy_name, choice, ask.prompt_tokens, roster.cached_tokens(ask, choice.decode), cached),
+            workers=len(fleet.names),
+            passed_over=tuple(dict.fromkeys((*avoid, *self._liveness.stalled, *avoided))),
+        )
+        self._journal.note(request.id, decision)
         return self._fleet[choice.decode], Plan(choice.decode, prefill, choice.wait_s, cached, choice.why)
+
+    def _usable(self, roster: Roster, now: float, tried: Collection[str], avoided: Collection[str]) -> Fleet:
+        """Whom to choose from: those that stand still only where there is nobody else. Raises NoWorker."""
+        if not (stalled := self._liveness.stalled):
+            return roster.fleet(now, tried, avoided)
+        try:
+            return roster.fleet(now, (*tried, *stalled), avoided)
+        except NoWorker:
+            return roster.fleet(now, tried)
 
     def prefilled(self, request: Request) -> None:
         """The first token came."""
+        self._journal.prefilled(request.id)
         if (roster := self._rosters.get(request.model)) is not None:
             roster.prefilled(request.id, clock.now())
         if self._admission is not None:
@@ -171,26 +201,29 @@ class Router:
     def _foresee(self, request: Request) -> Forecast:
         """What the request would meet if it were routed now. Raises NoWorker, UnknownModel."""
         now = clock.now()
-        fleet, policy = self._constrained(now, request, {})
+        fleet, policy = self._constrained(now, request, (), self._avoided())
         ask, _ = self._roster(request.model).ask(request)
         return forecast(ask, fleet, policy(now, ask, fleet, self._rng))
 
-    def _constrained(self, now: float, request: Request, avoid: Mapping[str, int]) -> tuple[Fleet, Route]:
+    def _constrained(
+        self, now: float, request: Request, tried: Collection[str], avoided: Collection[str]
+    ) -> tuple[Fleet, Route]:
         """The workers that the request may go to, and how to choose among them. Raises NoWorker, UnknownModel."""
         roster = self._roster(request.model)
-        fleet = roster.fleet(now, avoid, self._avoided())
+        fleet = self._usable(roster, now, tried, avoided)
         if request.constraints == ANYWHERE:
             return fleet, self._policy
         try:
             fleet = self._steering.narrowed(request, fleet, self._fleet)
         except NoWorker:  # an avoided worker is better than none
-            fleet = self._steering.narrowed(request, roster.fleet(now, avoid), self._fleet)
+            fleet = self._steering.narrowed(request, roster.fleet(now, tried), self._fleet)
         return fleet, self._steering.keeping(self._policy, request, fleet, self._fleet)
 
-    def _has_place(self, request: Request) -> bool:
-        """Whether anybody takes the request now."""
+    def _has_place(self, request: Request, leaving: Collection[str]) -> bool:
+        """Whether anybody else takes the request now."""
         try:
-            self._constrained(clock.now(), request, {})
+            fleet = self._roster(request.model).fleet(clock.now(), leaving)
+            self._steering.narrowed(request, fleet, self._fleet)
         except (NoWorker, UnknownModel):
             return False
         return True
@@ -232,14 +265,38 @@ class Router:
             for name, standing in before.items():
                 if name not in fleet or fleet[name].member.epoch != standing.member.epoch:
                     log.warning("%s (epoch %d) has left, or stopped reporting", name, standing.member.epoch)
-            self._move_from_draining()
+            self._judge_progress()
+            self._move_streams()
 
-    def _move_from_draining(self) -> None:
-        """Streams of workers that are about to leave go on elsewhere, where there is somebody who takes them."""
+    def _judge_progress(self) -> None:
+        stalled, moving = self._liveness.update(self._fleet)
+        for name, seen in stalled.items():
+            load = self._fleet[name].load
+            log.warning(
+                "%s stands still: no step for %.0f s, in a call that may take %.0f s; %d sequences run there, %d wait. "
+                "It gets nothing new and its streams move where there is another worker. "
+                "Look at its log and its device, and restart it if it stays so",
+                *(name, seen.still_s, seen.bound_s, load.running, load.waiting),
+            )
+        for name, seen in moving.items():
+            log.warning("%s moves again after %.0f s: it gets requests as before", name, seen.still_s)
+
+    def _move_streams(self) -> None:
+        """Streams of workers that are about to leave or stand still go on where somebody takes them."""
+        leaving = {name: why for name in self._fleet if (why := self._why_leave(name)) is not None}
+        if not leaving:
+            return
         for stream in self._streams:
-            standing = self._fleet.get(stream.worker)
-            if standing is not None and standing.draining and self._has_place(stream.request):
-                stream.move()
+            why = leaving.get(stream.worker)
+            if why is not None and self._has_place(stream.request, leaving):
+                stream.move(why)
+
+    def _why_leave(self, name: str) -> WorkerDraining | WorkerStalled | None:
+        if self._fleet[name].draining:
+            return WorkerDraining(f"{name} is draining")
+        if (seen := self._liveness.stalled.get(name)) is not None:
+            return WorkerStalled(f"{name} made no step for {seen.still_s:.0f} s, of at most {seen.bound_s:.0f} s")
+        return None
 
 
 _NO_WAIT = nullcontext()

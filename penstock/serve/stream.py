@@ -27,6 +27,7 @@ from penstock.errors import (
     UnknownModel,
     WorkerDraining,
     WorkerLost,
+    WorkerStalled,
 )
 from penstock.request import Finish, Plan, Progress, Request, Timeline, Token
 from penstock.serve.decode import GenerateAsk, Output, decode_output
@@ -135,7 +136,7 @@ class Stream:
         while True:
             try:
                 return self._take(await self._receive())
-            except (ConnectionLost, WorkerLost, WorkerDraining, Overloaded) as error:
+            except (ConnectionLost, WorkerLost, WorkerStalled, WorkerDraining, Overloaded) as error:
                 await self.close()
                 await self._replace(error)
                 await self._open()
@@ -147,10 +148,10 @@ class Stream:
             call, self._call = self._call, None
             await call.__aexit__(None, None, None)
 
-    def move(self) -> None:
-        """Its worker is about to leave, and another one is there."""
+    def move(self, why: WorkerDraining | WorkerStalled) -> None:
+        """Another worker is there, and this one is about to leave, or stands still."""
         if self._call is not None:
-            self._call.fail(WorkerDraining(f"{self.worker} is draining"))
+            self._call.fail(why)
 
     def _choose(self) -> None:
         self._standing, self._plan = self._router.route(self._so_far(), self._tried)
@@ -247,8 +248,9 @@ class Stream:
         self._attempts = 0
         self._tried.clear()
         self.over_s = sum(output.over_s for output in outputs)
-        if (so_far := outputs[0].so_far) is not None:
-            self.timeline = self._shift(so_far)
+        for output in outputs:
+            if output.so_far is not None:
+                self.timeline = self._shift(output.so_far)
         if (finish := outputs[-1].finish) is not None:
             self.timeline = self._shift(finish.timeline)
             finish = msgspec.structs.replace(finish, timeline=self.timeline)

@@ -115,10 +115,11 @@ class Worker:
 
     def load(self) -> Load:
         """The report that routers read."""
-        stepper, counters = self._stepper, self._decoder.counters
+        stepper, pace, counters = self._stepper, self._stepper.pace, self._decoder.counters
         return Load(
             at_s=clock.now(),
             steps=stepper.steps,
+            step_s=stepper.call_s,
             busy_s=stepper.busy_s,
             waiting=stepper.waiting + self._prefiller.queued,
             running=stepper.running,
@@ -127,9 +128,9 @@ class Worker:
             free_blocks=self._cache.available,
             leased_blocks=self._leases.leased_blocks,
             quarantined_blocks=self._cache.quarantined,
-            prefill_tokens_per_s=stepper.pace.prefill_tokens_per_s,
-            decode_step_s=stepper.pace.decode_step_s,
-            step_prices=stepper.pace.step_prices,
+            prefill_tokens_per_s=pace.prefill_tokens_per_s,
+            decode_step_s=pace.decode_step_s,
+            step_prices=pace.step_prices,
             computed_tokens=stepper.computed_tokens,
             prefills=stepper.prefills,
             prompt_tokens=counters.prompt_tokens,

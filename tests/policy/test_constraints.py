@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from penstock.policy.constraints import Labelled, Sessions, closest_first, keeping, staying_at
 from penstock.policy.forecast import forecast, price_s
 from penstock.policy.routing import p_token, pairs
-from penstock.policy.routing.api import HANDOVER_S, Choice, Fleet, Route
-from tests.policy.routing.fleets import LAYOUT, Distances, Worker, ask_of, fleet_of, some_workers
+from penstock.policy.routing.api import Choice, Fleet, Route
+from penstock.policy.routing.meeting import HANDOVER_S
+from tests.policy.routing.fleets import LAYOUT, Rows, Worker, ask_of, fleet_of, some_workers
 
 RATE = 1_000.0
 A, B, C = (Worker(name, tokens_per_s=RATE) for name in "abc")
@@ -89,7 +90,7 @@ def test_what_is_kept_costs_no_more_than_was_said_and_is_admissible(
     workers: list[Worker], prompt: int, bits: int, extra_s: float, seed: int
 ) -> None:
     wish = np.array([bool(bits >> index & 1) for index in range(len(workers))])
-    ask, fleet = ask_of(workers, prompt), fleet_of(workers, Distances())
+    ask, fleet = ask_of(workers, prompt), fleet_of(workers, Rows())
     best = pairs.route(0.0, ask, fleet, Random(seed))
     kept = keeping(pairs.route, [wish], extra_s)(0.0, ask, fleet, Random(seed))
     granted = all(wish[fleet.names.index(name)] for name in (kept.decode, *kept.prefill[:1]))
@@ -114,7 +115,7 @@ def seen(choice: Choice, workers: Sequence[Worker], tokens: int = 1_000) -> tupl
 
 
 def test_a_forecast_is_the_queue_and_what_is_not_cached_where_it_is_computed() -> None:
-    workers = [replace(A, queued=500, cached=400), replace(B, memory="other", cached=900)]
+    workers = [replace(A, queued=500, cached=400, domain="net"), replace(B, memory="other", cached=900, domain="net")]
     assert seen(Choice("a", (), 0), workers) == pytest.approx((1.1, 0.6, 600, 2 * RATE))
     assert seen(Choice("b", ("a",), 0), workers) == pytest.approx((1.1 + HANDOVER_S, 0.6 + HANDOVER_S, 600, 2 * RATE))
     beside = [workers[0], replace(workers[1], memory="host")]
@@ -123,12 +124,13 @@ def test_a_forecast_is_the_queue_and_what_is_not_cached_where_it_is_computed() -
 
 
 def test_a_price_has_the_way_and_the_streams_as_well() -> None:
-    workers = [Worker("p", "prefill", memory="", domain="net", tokens_per_s=RATE)]
-    workers.append(Worker("d", "decode", memory="", domain="net", tokens_per_s=RATE, running=32, step_s=0.01))
-    ask, fleet = ask_of(workers, 1_000), fleet_of(workers, Distances())
-    byte_s = abs(ord("p") - ord("d")) * 1e-8
-    expected_s = 1.0 + HANDOVER_S + 1_000 * LAYOUT.token_bytes * byte_s + 100 * 0.01
-    assert price_s(ask, fleet, Choice("d", ("p",), 0)) == pytest.approx(expected_s)
+    workers = [Worker("pa", "prefill", memory="", domain="net", tokens_per_s=RATE)]
+    workers.append(Worker("da", "decode", memory="", domain="net", tokens_per_s=RATE, running=32, step_s=0.01))
+    ask, fleet = ask_of(workers, 1_000), fleet_of(workers, Rows())
+    path = fleet.path(0)
+    expected_s = 1.0 + path.start_s[1] + 1_000 * LAYOUT.token_bytes * path.byte_s[1] + 100 * 0.01
+    assert path.byte_s[1] > 0
+    assert price_s(ask, fleet, Choice("da", ("pa",), 0)) == pytest.approx(expected_s)
 
 
 def test_a_narrowed_fleet_remembers_who_is_left() -> None:

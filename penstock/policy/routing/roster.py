@@ -23,8 +23,8 @@ from penstock.policy.routing.api import (
     Fleet,
     Floats,
     Indices,
-    Wiring,
 )
+from penstock.policy.routing.ways import Ways, Wiring
 from penstock.request import Request
 
 OVER_S = 20.0
@@ -124,16 +124,21 @@ class Roster:
         is_moved = not (prefill == decode or fleet.shares_memory(prefill, decode))
         held_by = prefill if is_moved else decode
         cached = float(ask.cached_tokens[held_by])
+        prefill_s = float(fleet.prompt_s_at(prefill, ask.prompt_tokens - cached, cached))
+        move_bytes = int(ask.uncached_tokens[decode]) * ask.token_bytes if is_moved else 0
+        path = fleet.path(prefill)
+        done_s = fleet.wait_s[prefill] + prefill_s + path.start_s[decode] + path.byte_s[decode] * move_bytes
         self.ledger.book(
             request_id,
             Booking(
                 decode=choice.decode,
                 prefill=self._members[prefill].worker,
-                prefill_s=float(fleet.prompt_s(ask.prompt_tokens - cached, cached)[prefill]),
+                prefill_s=prefill_s,
                 blocks=self._members[decode].layout.blocks_for(
                     ask.prompt_tokens + min(ask.max_tokens, EXPECTED_OUTPUT_TOKENS)
                 ),
-                move_bytes=int(ask.uncached_tokens[decode]) * ask.token_bytes if is_moved else 0,
+                move_bytes=move_bytes,
+                move_bytes_per_s=move_bytes / float(done_s),
             ),
             now,
         )
@@ -176,11 +181,13 @@ class Roster:
         self._measured = np.zeros((6, len(members)))
         self._occupancy = Occupancy(len(members))
         self._masked = ((), None)
-        self.ledger.seat(names)
+        networks = _numbered([member.domain and (member.domain, member.layout) for member in members])
+        ways = Ways(networks, [self._wiring.climb(member.device) if self._wiring else () for member in members])
+        self.ledger.seat(names, ways.carry)
         self._prefixes.seat(members)
-        self._fleet = self._lay_out(names) if members else None
+        self._fleet = self._lay_out(names, networks, ways) if members else None
 
-    def _lay_out(self, names: Sequence[str]) -> Fleet:
+    def _lay_out(self, names: Sequence[str], networks: Indices, ways: Ways) -> Fleet:
         members, load, booked = self._members, self._load, self.ledger.booked
         nothing = np.zeros((3, len(members)))
         return Fleet(
@@ -188,8 +195,7 @@ class Roster:
             prefers_prefill=np.array([member.role != "decode" for member in members]),
             prefers_decode=np.array([member.role != "prefill" for member in members]),
             memory=_numbered([member.memory and (member.memory, member.layout) for member in members]),
-            network=_numbered([member.domain and (member.domain, member.layout) for member in members]),
-            devices=[member.device for member in members],
+            network=networks,
             wait_s=nothing[0],
             queued_tokens=nothing[1],
             prefills=load[0],
@@ -205,7 +211,7 @@ class Roster:
             chunk_tokens=np.array([float(member.chunk_tokens or member.max_context_tokens) for member in members]),
             outgoing_bytes=booked[OUTGOING_BYTES],
             incoming_bytes=booked[INCOMING_BYTES],
-            wiring=self._wiring,
+            ways=ways,
         ).only(np.full(len(members), True))
 
 
@@ -233,7 +239,7 @@ class Occupancy:
 
 
 def _prices(load: Load) -> Sequence[float]:
-    """Of a prompt token, a pair, a sequence and a token read, see `policy.latency.steps`; 0 where they are not known."""
+    """Of a prompt token, a pair, a sequence and a token read, see `policy.latency.steps`; 0: not known."""
     prices = load.step_prices.prices[1:5] if load.step_prices is not None else ()
     return [max(0.0, price) for price in prices] if len(prices) == 4 else [0.0] * 4
 

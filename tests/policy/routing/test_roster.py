@@ -45,16 +45,26 @@ def cached(roster: Roster, asked: Request) -> list[float]:
     return found
 
 
+def test_queues_are_what_was_reported_and_booked_since_less_what_time_took_off() -> None:
+    roster = roster_of([replace(P, queued=1_000, tokens_per_s=1_000.0), D])
+    assert roster.fleet(0.25).queued_tokens.tolist() == [750, 0]
+    book(roster, PAIR, request())
+    assert roster.fleet(0.25).queued_tokens.tolist() == pytest.approx([1_390, 0])
+    update(roster, replace(P, queued=1_000, tokens_per_s=1_000.0), D)  # too soon after to have it in
+    assert roster.fleet(0.5).queued_tokens.tolist() == pytest.approx([1_140, 0])
+    assert roster.fleet(9.0).wait_s.tolist() == [0, 0]
+
+
 def test_load_is_what_was_reported_or_booked_whichever_is_more() -> None:
-    roster = roster_of([replace(P, queued=100, waiting=2), replace(D, running=1, used_blocks=500)])
+    roster = roster_of([replace(P, waiting=2), replace(D, running=1, used_blocks=500)])
     book(roster, PAIR, request())
     fleet = roster.fleet(0.0)
-    assert fleet.queued_tokens.tolist() == [640, 0]
     assert fleet.prefills.tolist() == [2, 0]
     assert fleet.streams.tolist() == [0, 1]
     assert fleet.used_blocks.tolist() == [0, 500]
     roster.prefilled("r", 0.0)
-    assert roster.fleet(0.0).queued_tokens.tolist() == [100, 0]
+    update(roster, P, D)
+    assert roster.fleet(0.0).prefills.tolist() == [0, 0]
     update(roster, P, D)
     assert roster.fleet(0.0).streams.tolist() == [0, 1]
     roster.release("r", 0.0)
