@@ -32,7 +32,8 @@ class _Turn:
     request: Request
     arrived_s: float
     due_s: float  # when its first token must be there
-    own_s: float  # until then, at least, from when it goes
+    is_hurried: bool  # by its own deadline
+    own_s: float  # until its first token, at least, from when it goes
     wait_s: float  # expected at its arrival
     called: asyncio.Future[PenstockError | None]
     foreseen_s: float = 0.0  # until its first token, when it was called
@@ -112,9 +113,16 @@ class Admission:
         first_s = expected_s(seen, self._queue.tokens_ahead(one))
         self._check_limits(request, seen, first_s)
         now = clock.now()
-        due_s = now + min(self._level.limit_s(seen), request.timeout_s)
-        called = asyncio.get_running_loop().create_future()
-        self._turns[one] = _Turn(request, now, due_s, seen.own_s, first_s - seen.own_s, called)
+        limit_s = self._level.limit_s(seen)
+        self._turns[one] = _Turn(
+            request=request,
+            arrived_s=now,
+            due_s=now + min(limit_s, request.timeout_s),
+            is_hurried=request.timeout_s <= limit_s,
+            own_s=seen.own_s,
+            wait_s=first_s - seen.own_s,
+            called=asyncio.get_running_loop().create_future(),
+        )
         self._queue.put(one)
         while len(self._queue) > self._level.max_queued:
             self._send_away()
@@ -180,7 +188,7 @@ class Admission:
 
     def _waited_in_vain(self, turn: _Turn, first_s: float) -> PenstockError:
         waited_s = clock.now() - turn.arrived_s
-        if turn.request.timeout_s <= turn.due_s - turn.arrived_s:
+        if turn.is_hurried:
             return self._too_late(turn.request, waited_s + first_s)
         count(self._measured.shed, "late")
         late_s = max(0.0, clock.now() + first_s - turn.due_s)
