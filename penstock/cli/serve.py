@@ -123,7 +123,7 @@ async def introduce(config: ServeConfig, client: Client, join: str, launcher: Lo
     """Reports when everything is up, and the answer to a first question."""
     question = question_for(config.model)
     workers = await wait_ready(client, list(config.fleet.roles()))
-    curl = curl_line(client.url, question, bool(config.secrets.api_key))
+    curl = curl_line(client.url, question, bool(client.api_key))
     join_command = shlex.join([*process.own_command(), "worker", *config.model.arguments, "--join", join])
     report(Ready(config.model.name, client.url, join, workers, launcher.pids(), curl, join_command))
     if config.ask:

@@ -42,7 +42,7 @@ class Steering:
             return fleet.only(usable)
         adapter = f" and the adapter {wanted.adapter}" if wanted.adapter else ""
         required = ", ".join(f"{name}={value}" for name, value in wanted.require) or "whatever labels"
-        raise NoWorker(f"no worker with {required}{adapter} takes requests now; there is {labelled.described()}")
+        raise NoWorker(f"no worker with {required}{adapter} takes requests now; the labels there are: {labelled.described()}")
 
     def keeping(self, route: Route, request: Request, fleet: Fleet, standings: Mapping[str, Standing]) -> Route:
         """`route`, kept to what the request prefers of `fleet`."""
@@ -104,7 +104,7 @@ class Labelled:
 
     def described(self) -> str:
         """The labels there are, for people."""
-        return ", ".join(f"{name}={value}" for name, value in sorted(self._labels)) or "none at all"
+        return ", ".join(f"{name}={value}" for name, value in sorted(self._labels)) or "none"
 
 
 class Sessions:

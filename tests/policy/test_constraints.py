@@ -43,7 +43,7 @@ def test_labels_and_adapters_as_masks() -> None:
     assert some.with_adapter("french").tolist() == [True, False, False]
     assert some.with_adapter("").tolist() == [True] * 3
     assert some.described() == "rack=1, rack=2, zone=x, zone=y"
-    assert labelled(a="").described() == "none at all"
+    assert labelled(a="").described() == "none"
 
 
 def test_the_first_of_the_preferred_labels_matters_most() -> None:
