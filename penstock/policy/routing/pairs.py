@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from penstock.policy.routing.api import (
     Fleet,
     Floats,
     Indices,
+    Route,
     decode_s,
 )
 from penstock.policy.routing.meeting import HANDOVER_S, Moves
@@ -44,12 +46,30 @@ TIE_S = 0.001  # what is so close is the same: drawn, so that routers do not all
 _noise = np.random.default_rng(0).random(1 << 16) * TIE_S
 
 
+Term = Literal["later prompts", "delayed streams", "decoding", "links", "handing over"]
+TERMS: tuple[Term, ...] = get_args(Term)
+
+
 def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
     """The cheapest pair of all."""
-    costs = Costs.of(ask, fleet, rng)
+    return _cheapest(ask, fleet, rng)
+
+
+def without(term: Term) -> Route:
+    """The same with one term left out of the price, to see what it is worth."""
+
+    def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
+        return _cheapest(ask, fleet, rng, term)
+
+    return route
+
+
+def _cheapest(ask: Ask, fleet: Fleet, rng: Random, left_out: Term | None = None) -> Choice:
+    costs = Costs.of(ask, fleet, rng, left_out)
     itself = int(fleet.decoders[np.argmin(costs.alone_s[fleet.decoders])])
     best_s, pair = costs.alone_s[itself], (itself, itself)
-    for prefill, decode, cost in (*_in_place(fleet, costs), *_over_links(fleet, costs, best_s)):
+    others = () if left_out == "handing over" else (*_in_place(fleet, costs), *_over_links(fleet, costs, best_s))
+    for prefill, decode, cost in others:
         if cost < best_s:
             best_s, pair = cost, (prefill, decode)
     return _describe(fleet, costs, *pair)
@@ -69,15 +89,19 @@ class Costs:
     moves: Moves
 
     @classmethod
-    def of(cls, ask: Ask, fleet: Fleet, rng: Random) -> Costs:
+    def of(cls, ask: Ask, fleet: Fleet, rng: Random, left_out: Term | None) -> Costs:
         decode_tie_s, tie_s = _ties_for(len(fleet.names), rng)
         busy = np.minimum(_by_kind(fleet, fleet.busy_share), MOST_BUSY)
         pressure = _by_kind(fleet, fleet.arrivals_per_s) / (1 - busy)
         delayed = _by_kind(fleet, fleet.streams) + fleet.prefers_decode  # this one, or who comes meanwhile
+        if left_out == "later prompts":
+            pressure *= 0
+        if left_out == "delayed streams":
+            delayed *= 0
         compute_s = fleet.prompt_s(ask.uncached_tokens, ask.cached_tokens) + ask.restore_s
         prefill_s = fleet.wait_s + tie_s + compute_s * (1 + pressure * (fleet.wait_s + compute_s / 2) + delayed)
-        decoding_s = _decoding_s(ask, fleet) + decode_tie_s
-        moves = Moves.of(ask, fleet, compute_s)
+        decoding_s = (_decoding_s(ask, fleet) if left_out != "decoding" else 0.0) + decode_tie_s
+        moves = Moves.of(ask, fleet, compute_s, counts_others=left_out != "links")
         return cls(ask, tie_s, pressure, delayed, prefill_s, decoding_s, prefill_s + decoding_s, moves)
 
     def elsewhere_s(self, fleet: Fleet, prefill: int | Indices, cached: Floats) -> Floats:
