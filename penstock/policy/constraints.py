@@ -40,9 +40,10 @@ class Steering:
         usable = fleet.usable & labelled.having(wanted.require) & labelled.with_adapter(wanted.adapter)
         if usable.any():
             return fleet.only(usable)
-        adapter = f" and the adapter {wanted.adapter}" if wanted.adapter else ""
-        required = ", ".join(f"{name}={value}" for name, value in wanted.require) or "whatever labels"
-        raise NoWorker(f"no worker with {required}{adapter} takes requests now; the labels there are: {labelled.described()}")
+        required = [f"{name}={value}" for name, value in wanted.require]
+        required += [f"the adapter {wanted.adapter}"] if wanted.adapter else []
+        there = f"the labels there are: {labelled.described()}"
+        raise NoWorker(f"no worker with {', '.join(required)} takes requests now; {there}")
 
     def keeping(self, route: Route, request: Request, fleet: Fleet, standings: Mapping[str, Standing]) -> Route:
         """`route`, kept to what the request prefers of `fleet`."""
