@@ -36,6 +36,7 @@ from penstock.config import (
     ListenSettings,
     Secrets,
     ServeConfig,
+    ServiceSettings,
     SimulationSettings,
     TargetSettings,
     WorkerConfig,
@@ -52,6 +53,7 @@ app = App(
 Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
 Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
@@ -86,6 +88,7 @@ def serve(
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
     policy: str = "pairs",
+    service: Service = ServiceSettings(),
     discovery: str = "",
     ask: bool = True,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -126,6 +129,7 @@ def serve(
         kv=kv,
         leases=leases_folder(discovery),
         policy=policy,
+        service=service,
         ask=ask,
         log_level=log_level,
     )
@@ -144,6 +148,7 @@ def worker(
     name: str = "",
     model_name: str = "",
     host: str = "",
+    label: dict[str, str] | None = None,
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
     discovery: str = "",
@@ -165,6 +170,8 @@ def worker(
         What clients call the model; by default the folder's name or the hub id.
     host
         The address at which other processes reach this worker; by default the one that leads to --join.
+    label
+        What requests may ask for, as --label.NAME VALUE: its zone, its rack, what it may be used for.
     discovery
         Instead of --join: the list of workers that the frontends read, as file:FOLDER.
     log_level
@@ -184,6 +191,7 @@ def worker(
         host=host or sockets.address_towards(join),
         engine=engine,
         kv=kv,
+        labels=label or {},
     )
     from penstock.cli.worker import run_worker
 
@@ -198,6 +206,7 @@ def frontend(
     model_name: str = "",
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
+    service: Service = ServiceSettings(),
     discovery: str = "",
     http_fd: Descriptor = None,
     join_fd: Descriptor = None,
@@ -225,6 +234,7 @@ def frontend(
         secrets=Secrets(process.token(), listen.api_key),
         leases=leases_folder(discovery),
         policy=policy,
+        service=service,
     )
     if http_fd is None or join_fd is None:
         http, registry = sockets.listen_at_both(listen)

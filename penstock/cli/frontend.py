@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+from collections.abc import Mapping
 
 from penstock import clock, plugin
 from penstock.cli import process
-from penstock.config import FrontendConfig
+from penstock.config import FrontendConfig, ServiceSettings, Tenant, read_tenants
 from penstock.discovery.api import Discovery
 from penstock.discovery.file import FileDiscovery
 from penstock.discovery.memory import MemoryDiscovery
+from penstock.metrics import Metrics
+from penstock.policy.admission import ServiceLevel
 from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.http_server import serve_http
 from penstock.serve.registry import Registry
-from penstock.serve.router import Router
+from penstock.serve.router import Router, ServiceOptions
 from penstock.serve.rpc import Endpoint
 from penstock.serve.text import load_tokenizer
 from penstock.wire.stream import StreamWire
@@ -33,12 +37,26 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     registered = Registry(discovery)
     methods = {"join": registered.join, "members": registered.members}
     endpoint = Endpoint(wires, config.secrets.token, methods)
-    options = FrontendOptions(api_key=config.secrets.api_key)
+    tenants = read_tenants(config.service.tenants)
+    keys = {name: tenant.key for name, tenant in tenants.items() if tenant.key is not None}
+    options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys)
+    service, measured = service_options(config.service, tenants), Metrics()
     async with (
         endpoint,
         endpoint.listen(f"fd:{registry.fileno()}"),
-        Router(discovery, endpoint, rng, route) as router,
-        Frontend(router, {config.model.name: tokenizer}, rng, options) as frontend,
+        Router(discovery, endpoint, rng, route, service=service, queued=measured.queue) as router,
+        Frontend(router, {config.model.name: tokenizer}, rng, options, measured) as frontend,
         serve_http(frontend, http, process.grace_s),
     ):
         await leave.wait()
+
+
+def service_options(settings: ServiceSettings, tenants: Mapping[str, Tenant]) -> ServiceOptions:
+    """What the router is told of them."""
+    level = ServiceLevel(
+        ttft_s=math.inf if settings.ttft_slo is None else settings.ttft_slo,
+        patience=settings.ttft_patience,
+        max_queued=settings.max_queued,
+        weights={name: tenant.weight for name, tenant in tenants.items()},
+    )
+    return ServiceOptions(level, settings.affinity_s)
