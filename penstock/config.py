@@ -252,7 +252,7 @@ class Secrets:
 class ServeConfig:
     """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted.
 
-    `policy` is the name of a routing policy, a file of `penstock/policy/routing`.
+    `policy` is the name of a routing policy, a file of `penstock/policy/routing`; `topology` a topology file.
     """
 
     model: Model
@@ -263,6 +263,7 @@ class ServeConfig:
     kv: KvSettings
     leases: Path | None
     policy: str
+    topology: Path | None
     service: ServiceSettings
     ask: bool
     log_level: str
@@ -273,7 +274,8 @@ class WorkerConfig:
     """All that the process of a worker is told. Exactly one of `join` and `leases` is set.
 
     `join` is the HOST:PORT of a frontend's registry, `leases` the folder of a file discovery; `host` is the address
-    at which other processes reach this worker; requests may ask for its `labels`.
+    at which other processes reach this worker; requests may ask for its `labels`. `device` is where its engine is in
+    the routers' topology file, empty if that is not known.
     """
 
     name: str
@@ -285,6 +287,7 @@ class WorkerConfig:
     host: str
     engine: EngineSettings
     kv: KvSettings
+    device: str
     labels: dict[str, str]
 
 
@@ -293,13 +296,14 @@ class FrontendConfig:
     """All that the process of a frontend is told, beside the two sockets it is given.
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
-    `policy` is the name of a routing policy.
+    `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired.
     """
 
     model: Model
     secrets: Secrets
     leases: Path | None
     policy: str
+    topology: Path | None
     service: ServiceSettings
 
 

@@ -88,7 +88,7 @@ def test_kv_memory_is_given_in_gib() -> None:
 def test_no_settings_show_their_secrets() -> None:
     secrets = Secrets("hush", "hush")
     model = Model(Path("demo"), "demo")
-    config = WorkerConfig("a", "any", model, secrets, "", None, "", EngineSettings(), KvSettings(), {})
+    config = WorkerConfig("a", "any", model, secrets, "", None, "", EngineSettings(), KvSettings(), "", {})
     assert "hush" not in repr((config, ListenSettings(api_key="hush")))
 
 

@@ -88,6 +88,7 @@ def serve(
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
     policy: str = "pairs",
+    topology: Path | None = None,
     service: Service = ServiceSettings(),
     discovery: str = "",
     ask: bool = True,
@@ -106,6 +107,8 @@ def serve(
         What clients call the model; by default the folder's name or the hub id.
     policy
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    topology
+        A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
     ask
@@ -129,6 +132,7 @@ def serve(
         kv=kv,
         leases=leases_folder(discovery),
         policy=policy,
+        topology=topology,
         service=service,
         ask=ask,
         log_level=log_level,
@@ -148,6 +152,7 @@ def worker(
     name: str = "",
     model_name: str = "",
     host: str = "",
+    device: str = "",
     label: dict[str, str] | None = None,
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
@@ -170,6 +175,8 @@ def worker(
         What clients call the model; by default the folder's name or the hub id.
     host
         The address at which other processes reach this worker; by default the one that leads to --join.
+    device
+        The device of the server's --topology that this worker computes on, as `penstock topology` names it.
     label
         What requests may ask for, as --label.NAME VALUE: its zone, its rack, what it may be used for.
     discovery
@@ -191,6 +198,7 @@ def worker(
         host=host or sockets.address_towards(join),
         engine=engine,
         kv=kv,
+        device=device,
         labels=label or {},
     )
     from penstock.cli.worker import run_worker
@@ -206,6 +214,7 @@ def frontend(
     model_name: str = "",
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
+    topology: Path | None = None,
     service: Service = ServiceSettings(),
     discovery: str = "",
     http_fd: Descriptor = None,
@@ -222,6 +231,8 @@ def frontend(
         What clients call the model; by default the folder's name or the hub id.
     policy
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    topology
+        A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
     log_level
@@ -234,6 +245,7 @@ def frontend(
         secrets=Secrets(process.token(), listen.api_key),
         leases=leases_folder(discovery),
         policy=policy,
+        topology=topology,
         service=service,
     )
     if http_fd is None or join_fd is None:

@@ -75,6 +75,8 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
 def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.socket) -> Job:
     flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
     flags |= service_flags(config.service)
+    if config.topology is not None:
+        flags["topology"] = config.topology.resolve()
     if config.leases is not None:
         flags["discovery"] = f"file:{config.leases}"
     secrets = {"PENSTOCK_TOKEN": config.secrets.token, "PENSTOCK_API_KEY": config.secrets.api_key}
