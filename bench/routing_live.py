@@ -5,7 +5,7 @@ must be the same, to the letter. Each row has the same figure of round robin bes
 TTFT are those of the server's own /metrics, its quantiles linear within a bucket; clients' TTFT is to the first event.
 "believed, not found" are prompt tokens that the router took for cached where they were not.
 
-The engine is the simulated one: prefill takes 0.2 ms a token, its answers depend on every block that they should have
+The engine is the simulated one: prefill takes 0.3 ms a token, its answers depend on every block that they should have
 read, and two cores are enough for four workers. `--engine embedded` takes the bundled model instead.
 """
 
@@ -42,13 +42,13 @@ FLEETS = {
     "2 prefill + 2 decode over TCP": ("--prefill=2", "--decode=2", "--transport=tcp"),
 }
 ENGINES = {
-    "simulated": ("--engine-option.prefill_token_s=0.0002", "--engine-option.step_s=0.004"),
+    "simulated": ("--engine-option.prefill_token_s=0.0003", "--engine-option.step_s=0.004"),
     "embedded": (),
 }
-USERS, TURNS = 10, 6
-SYSTEM_WORDS, MESSAGE_WORDS, ANSWER_TOKENS = 250, 50, 24
-THINK_S = 0.2  # in the mean, before each turn
-REPORTED_S = 1.5  # until every worker has reported what it did
+USERS = 12
+SYSTEM_WORDS, MESSAGE_WORDS, ANSWER_TOKENS = 400, 80, 24
+THINK_S = 0.15  # in the mean, before each turn
+REPORTED_S = 1.2  # until every worker has reported what it did
 WORDS = re.findall(r"[A-Za-z]+", (Path(penstock.__file__).parent / "models/demo/questions.txt").read_text())
 
 
@@ -108,18 +108,18 @@ class Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    parser.add_argument("--quick", action="store_true", help="one round, without the fleet that moves KV")
+    parser.add_argument("--quick", action="store_true", help="one round of four turns, without the fleet that moves KV")
     parser.add_argument("--engine", choices=list(ENGINES), default="simulated", help="what the workers compute with")
     arguments = parser.parse_args()
-    fleets, rounds = (list(FLEETS)[:2], 1) if arguments.quick else (list(FLEETS), 3)
-    emit([row for fleet in fleets for row in compared(fleet, arguments.engine, rounds)], arguments.json)
+    fleets, turns, rounds = (list(FLEETS)[:2], 4, 1) if arguments.quick else (list(FLEETS), 6, 3)
+    emit([row for fleet in fleets for row in compared(fleet, arguments.engine, turns, rounds)], arguments.json)
 
 
-def compared(fleet: str, engine: str, rounds: int) -> Iterator[Row]:
+def compared(fleet: str, engine: str, turns: int, rounds: int) -> Iterator[Row]:
     """One fleet under each policy. Policies take turns, so that what else runs on this machine meets all of them."""
     runs: dict[str, list[Outcome]] = {policy: [] for policy in POLICIES}
     for seed in range(rounds):
-        chats = some_chats(Random(seed))
+        chats = some_chats(Random(seed), turns)
         for policy in POLICIES:
             runs[policy].append(run(fleet, engine, policy, chats))
             check_same([turn.text for turn in runs[BASELINE][seed].turns], runs[policy][seed], f"{fleet}, {policy}")
@@ -130,13 +130,13 @@ def compared(fleet: str, engine: str, rounds: int) -> Iterator[Row]:
             yield Row(f"{fleet}, {policy}: {what}", value, unit, *reference, more_is_better=what == "hit rate")
 
 
-def some_chats(rng: Random) -> list[Chat]:
+def some_chats(rng: Random, turns: int) -> list[Chat]:
     system = some_words(rng, SYSTEM_WORDS)
     return [
         Chat(
             system,
-            [some_words(rng, rng.randrange(MESSAGE_WORDS // 2, 2 * MESSAGE_WORDS)) for _ in range(TURNS)],
-            [rng.expovariate(1 / THINK_S) for _ in range(TURNS)],
+            [some_words(rng, rng.randrange(MESSAGE_WORDS // 2, 2 * MESSAGE_WORDS)) for _ in range(turns)],
+            [rng.expovariate(1 / THINK_S) for _ in range(turns)],
         )
         for _ in range(USERS)
     ]
