@@ -35,14 +35,16 @@ class Moves:
     lacking_bytes: Floats  # at D
     step_bytes: Floats  # that P makes in its last step
     hidden_s: Floats  # P computes after its first step
+    counts_others: bool = True  # what it costs others that share a link
 
     @classmethod
-    def of(cls, ask: Ask, fleet: Fleet, compute_s: Floats) -> Moves:
+    def of(cls, ask: Ask, fleet: Fleet, compute_s: Floats, counts_others: bool = True) -> Moves:
         uncached = ask.uncached_tokens
         return cls(
             uncached * ask.token_bytes,
             np.minimum(uncached, fleet.chunk_tokens) * ask.token_bytes,
             compute_s * (1 - np.minimum(1.0, fleet.chunk_tokens / uncached)),
+            counts_others,
         )
 
     def seconds(self, ways: Ways, prefillers: Indices, decode: int) -> Floats:
@@ -55,9 +57,14 @@ class Moves:
                 seconds[here] = self.at(ways, level, prefillers[here], decode)
         return seconds
 
+    def prices(self, ways: Ways) -> tuple[Floats, Floats]:
+        """Those of `ways`."""
+        now_s, others_s = ways.prices()
+        return now_s, others_s if self.counts_others else np.zeros_like(others_s)
+
     def at(self, ways: Ways, level: int, prefillers: Indices, decode: int | Indices) -> Floats:
         """The same for those who meet at `level`."""
-        now_s, others_s = ways.prices()
+        now_s, others_s = self.prices(ways)
         byte_s = np.maximum(now_s[0, level, prefillers], now_s[1, level, decode])
         lacking = self.lacking_bytes[decode]
         last = np.minimum(lacking, self.step_bytes[prefillers])
@@ -129,7 +136,7 @@ class Meeting:
     def _bounds(self, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves) -> Floats:
         """[levels, decoders]: less than any P of that domain can cost; infinite where there is none."""
         ours, decoders = self._prefillers, self._fleet.decoders
-        now_s, others_s = ways.prices()
+        now_s, others_s = moves.prices(ways)
         lacking = moves.lacking_bytes[decoders]
         last = np.minimum(lacking, moves.step_bytes[ours].min())
         mine = prefill_s[ours]

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from penstock.policy.routing.api import (
     Fleet,
     Floats,
     Indices,
+    Route,
     decode_s,
 )
 from penstock.policy.routing.meeting import HANDOVER_S, Moves
@@ -44,12 +46,30 @@ TIE_S = 0.001  # what is so close is the same: drawn, so that routers do not all
 _noise = np.random.default_rng(0).random(1 << 16) * TIE_S
 
 
+Term = Literal["later prompts", "delayed streams", "decoding", "links", "handing over"]
+TERMS: tuple[Term, ...] = get_args(Term)
+
+
 def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
     """The cheapest pair of all."""
-    costs = Costs.of(ask, fleet, rng)
+    return _cheapest(ask, fleet, rng)
+
+
+def without(term: Term) -> Route:
+    """The same with one term left out of the price, to see what it is worth."""
+
+    def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
+        return _cheapest(ask, fleet, rng, term)
+
+    return route
+
+
+def _cheapest(ask: Ask, fleet: Fleet, rng: Random, left_out: Term | None = None) -> Choice:
+    costs = Costs.of(ask, fleet, rng, left_out)
     itself = int(fleet.decoders[np.argmin(costs.alone_s[fleet.decoders])])
     best_s, pair = costs.alone_s[itself], (itself, itself)
-    for prefill, decode, cost in (*_in_place(fleet, costs), *_over_links(fleet, costs, best_s)):
+    others = () if left_out == "handing over" else (*_in_place(fleet, costs), *_over_links(fleet, costs, best_s))
+    for prefill, decode, cost in others:
         if cost < best_s:
             best_s, pair = cost, (prefill, decode)
     return _describe(fleet, costs, *pair)
@@ -60,33 +80,50 @@ class Costs:
     """Of one request at each worker, in seconds; a column each."""
 
     ask: Ask
-    wait_s: Floats
-    each: Floats  # what a second of computing costs in all, but for its share of the square
-    square: Floats  # seconds for the square of those
+    tie_s: Floats  # drawn; part of `prefill_s`
+    pressure: Floats  # prompts that come per second of a worker's idle time
+    delayed: Floats  # streams that wait while a prompt is computed
     prefill_s: Floats  # all of it, after what the worker itself has cached
     decode_s: Floats
     alone_s: Floats  # doing both
     moves: Moves
 
     @classmethod
-    def of(cls, ask: Ask, fleet: Fleet, rng: Random) -> Costs:
-        decode_noise, prefill_noise = _noise_for(len(fleet.names), rng)
-        wait_s = fleet.wait_s + prefill_noise
+    def of(cls, ask: Ask, fleet: Fleet, rng: Random, left_out: Term | None) -> Costs:
+        decode_tie_s, tie_s = _ties_for(len(fleet.names), rng)
         busy = np.minimum(_by_kind(fleet, fleet.busy_share), MOST_BUSY)
         pressure = _by_kind(fleet, fleet.arrivals_per_s) / (1 - busy)
         delayed = _by_kind(fleet, fleet.streams) + fleet.prefers_decode  # this one, or who comes meanwhile
-        each, square = 1 + pressure * fleet.wait_s + delayed, pressure / 2
+        if left_out == "later prompts":
+            pressure *= 0
+        if left_out == "delayed streams":
+            delayed *= 0
         compute_s = fleet.prompt_s(ask.uncached_tokens, ask.cached_tokens) + ask.restore_s
-        prefill_s = wait_s + compute_s * (each + square * compute_s)
-        decoding_s = _decoding_s(ask, fleet) + decode_noise
-        moves = Moves.of(ask, fleet, compute_s)
-        return cls(ask, wait_s, each, square, prefill_s, decoding_s, prefill_s + decoding_s, moves)
+        prefill_s = fleet.wait_s + tie_s + compute_s * (1 + pressure * (fleet.wait_s + compute_s / 2) + delayed)
+        decoding_s = (_decoding_s(ask, fleet) if left_out != "decoding" else 0.0) + decode_tie_s
+        moves = Moves.of(ask, fleet, compute_s, counts_others=left_out != "links")
+        return cls(ask, tie_s, pressure, delayed, prefill_s, decoding_s, prefill_s + decoding_s, moves)
 
     def elsewhere_s(self, fleet: Fleet, prefill: int | Indices, cached: Floats) -> Floats:
         """What `prefill_s` would be of workers that compute after what others have cached."""
-        seconds = fleet.prompt_s_at(prefill, self.ask.prompt_tokens - cached, cached)
-        total: Floats = self.wait_s[prefill] + seconds * (self.each[prefill] + self.square[prefill] * seconds)
+        compute_s, wait_s = fleet.prompt_s_at(prefill, self.ask.prompt_tokens - cached, cached), fleet.wait_s[prefill]
+        others = self.pressure[prefill] * (wait_s + compute_s / 2) + self.delayed[prefill]
+        total: Floats = wait_s + self.tie_s[prefill] + compute_s * (1 + others)
         return total
+
+    def parts(self, fleet: Fleet, prefill: int, decode: int, cost: float) -> dict[str, float]:
+        """What the price of a pair is the sum of; "transfer" is what is left, the hand-over included."""
+        holder = decode if fleet.shares_memory(prefill, decode) else prefill
+        cached, wait_s = float(self.ask.cached_tokens[holder]), float(fleet.wait_s[prefill])
+        compute_s = float(fleet.prompt_s_at(prefill, self.ask.prompt_tokens - cached, cached))
+        found = {
+            "wait": wait_s + float(self.tie_s[prefill]),
+            "prefill": compute_s + (float(self.ask.restore_s[prefill]) if holder == prefill else 0.0),
+            "later prompts": float(self.pressure[prefill]) * compute_s * (wait_s + compute_s / 2),
+            "delayed streams": float(self.delayed[prefill]) * compute_s,
+            "decoding": float(self.decode_s[decode]),
+        }
+        return found if prefill == decode else {**found, "transfer": cost - sum(found.values())}
 
 
 def is_worth_asking(here_tokens: int, there_tokens: int, streams: int, own_tokens_per_s: float, wait_s: float) -> bool:
@@ -131,7 +168,7 @@ def _decoding_s(ask: Ask, fleet: Fleet) -> Floats:
     return np.where(sequence_s > 0, shared_s, decode_s(ask, fleet)) + room_s
 
 
-def _noise_for(workers: int, rng: Random) -> Floats:
+def _ties_for(workers: int, rng: Random) -> Floats:
     """[2, workers], up to `TIE_S`."""
     start = rng.randrange(max(1, _noise.size - 2 * workers))
     return np.resize(_noise[start : start + 2 * workers], (2, workers))
@@ -149,13 +186,18 @@ def _by_kind(fleet: Fleet, column: Floats) -> Floats:
 def _describe(fleet: Fleet, costs: Costs, prefill: int, decode: int) -> Choice:
     itself_s, name = float(costs.alone_s[decode]), fleet.names[decode]
     if prefill == decode:
-        return Choice(name, (), itself_s, why=f"pairs: {name} prefills for itself: {itself_s:.4f} s")
+        parts = costs.parts(fleet, decode, decode, itself_s)
+        return Choice(name, (), itself_s, 0.0, f"pairs: {name} prefills for itself: {itself_s:.4f} s", parts)
     able = fleet.reaching(decode)
     prices = _prices_for(fleet, costs, able, decode)
-    ranked = [prefill, *(int(able[i]) for i in np.argsort(prices, kind="stable") if able[i] != prefill)][:ALTERNATIVES]
-    names, cost = tuple(fleet.names[worker] for worker in ranked), float(prices[able == prefill][0])
+    cost = float(prices[able == prefill][0])
+    order = [row for row in np.argsort(prices, kind="stable")[:ALTERNATIVES].tolist() if able[row] != prefill]
+    others = [(fleet.names[able[row]], float(prices[row])) for row in order][: ALTERNATIVES - 1]
+    names = (fleet.names[prefill], *(other for other, _ in others))
     why = f"pairs: {names[0]} prefills for {name}: {cost:.4f} s, against {itself_s:.4f} s by itself"
-    return Choice(name, names, cost, float(fleet.wait_s[prefill]), why)
+    runners_up = (*((name, other, price) for other, price in others), (name, "", itself_s))
+    wait_s = float(fleet.wait_s[prefill])
+    return Choice(name, names, cost, wait_s, why, costs.parts(fleet, prefill, decode, cost), runners_up)
 
 
 def _prices_for(fleet: Fleet, costs: Costs, prefillers: Indices, decode: int) -> Floats:

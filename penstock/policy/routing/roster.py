@@ -48,7 +48,7 @@ class Roster:
         self._load: Floats = np.zeros((REPORTED, 0))  # what the fleet shows
         self._fleet: Fleet | None = None  # None: nobody is there
         self._masked: tuple[tuple[str, ...], Fleet | None] = ((), None)
-        self._asked = 0
+        self._booked = 0
 
     def update(self, standings: Mapping[str, Standing], now: float) -> None:
         """These workers serve the model now. Those that drain take no requests, so they are left out."""
@@ -93,13 +93,12 @@ class Roster:
         return self._prefixes.index(worker)
 
     def ask(self, request: Request) -> tuple[Ask, Found]:
-        """What a policy is asked, and what was found of the prompt. Called once for each decision."""
-        number, self._asked = self._asked, self._asked + 1
+        """What a policy is asked, and what was found of the prompt."""
         found = self._prefixes.find(request)
         token_bytes = self._members[0].layout.token_bytes
         restore_s = found.lower_tokens * (token_bytes / RESTORE_BYTES_PER_S)
         left_tokens = request.sampling.max_tokens - request.progress.count
-        ask = Ask(number, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
+        ask = Ask(self._booked, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
         return ask, found
 
     def cached_tokens(self, ask: Ask, worker: str) -> int:
@@ -118,6 +117,7 @@ class Roster:
 
     def book(self, request_id: str, ask: Ask, found: Found, choice: Choice, now: float) -> None:
         """`choice` is being carried out: its load is counted, and its prompt believed to be where it will be."""
+        self._booked += 1
         decode = self._columns[choice.decode]
         prefill = self._columns[choice.prefill[0]] if choice.prefill else decode
         fleet = self._present()

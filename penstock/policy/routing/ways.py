@@ -44,16 +44,6 @@ class Wiring(Protocol):
         ...
 
 
-class FabricWiring:
-    """Workers on single devices of a fabric, which are named as there."""
-
-    def __init__(self, fabric: Fabric) -> None:
-        self._climber = Climber(fabric)
-
-    def climb(self, device: str) -> Sequence[Rung]:
-        return self._climber.climb((device,))
-
-
 class Climber:
     """Finds the rungs of workers on one or several devices of `fabric`, once."""
 
@@ -110,8 +100,13 @@ class Ways:
     """
 
     def __init__(self, networks: Indices, climbs: Sequence[Sequence[Rung]]) -> None:
-        """Who is in no common network (-1, or another number) never meets. Climbs may be empty: all is equally near."""
+        """Who is in no common network (-1, or another number) never meets.
+
+        An empty climb is that of a worker of which it is not known where it is: all others are equally near to it.
+        """
         workers = len(networks)
+        if len({climb[-1].domain if climb else "" for climb in climbs}) > 1:
+            climbs = [[*climb, Rung("", latency_s=climb[-1].latency_s if climb else 0.0)] for climb in climbs]
         levels = max(1, *(len(climb) for climb in climbs)) if workers else 1
         self.domains = np.zeros((levels, workers), np.intp)
         self.latency_s = np.zeros((levels, workers))

@@ -173,6 +173,8 @@ def test_the_choice_is_the_cheapest_admissible_pair(workers: list[Worker], promp
     assert min(prices.values()) <= prices[chosen] + 1e-9
     assert prices[chosen] <= min(prices.values()) * (1 + 1e-9) + 2 * TIE_S
     assert choice.cost == pytest.approx(prices[chosen], abs=2 * TIE_S)
+    assert sum(choice.parts.values()) == pytest.approx(choice.cost)
+    assert all(seconds >= -1e-9 for seconds in choice.parts.values())
     assert by_name[choice.decode] in decoders_of(workers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from penstock.policy.routing.ways import MOST_BUSY, FabricWiring, Rung, Ways
+from penstock.policy.routing.ways import MOST_BUSY, Climber, Rung, Ways
 from penstock.topology.build import NODES, Domain, Nodes, build
 
 NIC, UP = 1e-9, 2e-9  # seconds per byte
@@ -41,6 +41,13 @@ def test_without_wiring_all_of_a_network_are_equally_near() -> None:
     assert np.isinf(ways.row(0)[0]).tolist() == [False, False, True]
 
 
+def test_who_is_nowhere_is_reached_from_everywhere() -> None:
+    climb = [Rung("rack", NIC, NIC, 1e-6, "a", "a")]
+    ways = Ways(np.zeros(3, np.intp), [climb, [Rung("other rack", UP, UP, 1e-6, "b", "b")], ()])
+    assert [ways.meet(0, 0), ways.meet(0, 1), ways.meet(0, 2)] == [0, 1, 1]
+    assert ways.row(2)[1].tolist() == [NIC, UP, 0]
+
+
 def test_what_is_decided_takes_from_every_step_that_is_shared() -> None:
     ways = rows()
     ways.carry(0, 2, 0.25 / UP)
@@ -62,8 +69,8 @@ def test_a_link_is_never_so_busy_that_nothing_gets_through() -> None:
 
 def test_climbs_of_a_fabric_name_shared_links() -> None:
     fabric = build([Domain("rack", (Nodes(NODES["hgx-h100"], 2),), count=2, oversubscription=4)])
-    wiring = FabricWiring(fabric)
-    one, other = wiring.climb("rack0/node0/gpu0"), wiring.climb("rack0/node1/gpu0")
+    climber = Climber(fabric)
+    one, other = climber.climb(("rack0/node0/gpu0",)), climber.climb(("rack0/node1/gpu0",))
     assert [rung.domain for rung in one][-2:] == ["rack0", "cluster"]
     assert one[-1].up_gate == other[-1].up_gate and one[-2].up_gate != other[-2].up_gate
     assert one[-2].up_s == pytest.approx(1 / 36e9)
