@@ -239,9 +239,15 @@ class Occupancy:
 
 
 def _prices(load: Load) -> Sequence[float]:
-    """Of a prompt token, a pair, a sequence and a token read, see `policy.latency.steps`; 0: not known."""
+    """Of a prompt token, a pair, a sequence and a token read, see `policy.latency.steps`; 0: not known.
+
+    Workers report prices from the start, when they have computed nothing yet: they count once there is a rate as well.
+    """
     prices = load.step_prices.prices[1:5] if load.step_prices is not None else ()
-    return [max(0.0, price) for price in prices] if len(prices) == 4 else [0.0] * 4
+    if len(prices) != 4:
+        return [0.0] * 4
+    rates = (load.prefill_tokens_per_s, load.prefill_tokens_per_s, load.decode_step_s, load.decode_step_s)
+    return [max(0.0, price) if rate else 0.0 for price, rate in zip(prices, rates, strict=True)]
 
 
 def _numbered(domains: Sequence[Hashable]) -> Indices:
