@@ -155,7 +155,7 @@ def main() -> None:
         seeds, requests = range(1), 300
     if arguments.traces is None:
         print("generators stand in for the traces; the synthetic trace has none but conversations", file=sys.stderr)
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         futures = {
             (cell.name, policy, seed): pool.submit(run, cell, policy, seed, requests, arguments.traces)
             for cell in cells

@@ -73,7 +73,8 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     pid: int = 0
     engine: str = ""
     supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = {}  # such as its zone or rack: requests may require or prefer them
+    adapters: tuple[str, ...] = ()  # that it has loaded beside the model
     chunk_tokens: int = 0  # of a prompt that it computes in one step, at most; 0: whole prompts
     kv_events: str = ""
     kv_replay: str = ""  # the ZMQ endpoint that repeats events, if there is one
@@ -97,3 +98,4 @@ class ModelCard(msgspec.Struct, frozen=True):
     name: str
     max_context_tokens: int  # prompt and output share it; the least of the workers that serve the model
     supports: tuple[str, ...] = ()
+    base: str = ""  # of an adapter: the model that it adapts

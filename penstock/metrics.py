@@ -53,6 +53,15 @@ class ModelMetrics:
         self.finished: dict[str, int] = {}  # by reason
 
 
+class QueueMetrics:
+    """Requests on their way through admission: those that wait, how long others did, and those that were shed."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.wait_s = Histogram(REQUEST_S)  # of those that had to wait and were then routed
+        self.shed: dict[str, int] = {}  # by reason
+
+
 class Metrics:
     """Everything one frontend counts."""
 
@@ -60,6 +69,7 @@ class Metrics:
         self.inflight = 0
         self.errors: dict[str, int] = {}  # by code
         self.models: dict[str, ModelMetrics] = {}
+        self.queue = QueueMetrics()
 
     def model(self, name: str) -> ModelMetrics:
         found = self.models.get(name)
@@ -108,7 +118,7 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
     for name, (attribute, help) in _HISTOGRAMS.items():
         family = HistogramMetricFamily(f"penstock_{name}", help, labels=["model_name"])
         for model, series in metrics.models.items():
-            _add_histogram(family, model, getattr(series, attribute))
+            _add_histogram(family, [model], getattr(series, attribute))
         yield family
     prompt = CounterMetricFamily("penstock_prompt_tokens", "Tokens of prompts", labels=["model_name"])
     output = CounterMetricFamily("penstock_generation_tokens", "Tokens generated", labels=["model_name"])
@@ -130,11 +140,23 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
         errors.add_metric([code], times)
     yield errors
     yield GaugeMetricFamily("penstock_num_requests_inflight", "Requests in this frontend", metrics.inflight)
+    yield from _of_queue(metrics.queue)
 
 
-def _add_histogram(family: HistogramMetricFamily, model: str, histogram: Histogram) -> None:
+def _of_queue(queue: QueueMetrics) -> Iterator[Metric]:
+    yield GaugeMetricFamily("penstock_num_requests_queued", "Requests that wait to be routed", queue.waiting)
+    wait = HistogramMetricFamily("penstock_admission_wait_seconds", "In the queue, of requests that had to wait there")
+    _add_histogram(wait, [], queue.wait_s)
+    yield wait
+    shed = CounterMetricFamily("penstock_requests_shed", "Requests turned away unserved", labels=["reason"])
+    for reason, times in queue.shed.items():
+        shed.add_metric([reason], times)
+    yield shed
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-    family.add_metric([model], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
+    family.add_metric(labels, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
 
 
 _GAUGES = {

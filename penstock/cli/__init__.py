@@ -36,6 +36,7 @@ from penstock.config import (
     ListenSettings,
     Secrets,
     ServeConfig,
+    ServiceSettings,
     SimulationSettings,
     TargetSettings,
     WorkerConfig,
@@ -52,6 +53,7 @@ app = App(
 Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
 Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
@@ -86,6 +88,8 @@ def serve(
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
     policy: str = "pairs",
+    topology: Path | None = None,
+    service: Service = ServiceSettings(),
     discovery: str = "",
     ask: bool = True,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -103,6 +107,8 @@ def serve(
         What clients call the model; by default the folder's name or the hub id.
     policy
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    topology
+        A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
     ask
@@ -126,6 +132,8 @@ def serve(
         kv=kv,
         leases=leases_folder(discovery),
         policy=policy,
+        topology=topology,
+        service=service,
         ask=ask,
         log_level=log_level,
     )
@@ -144,6 +152,8 @@ def worker(
     name: str = "",
     model_name: str = "",
     host: str = "",
+    device: str = "",
+    label: dict[str, str] | None = None,
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
     discovery: str = "",
@@ -165,6 +175,10 @@ def worker(
         What clients call the model; by default the folder's name or the hub id.
     host
         The address at which other processes reach this worker; by default the one that leads to --join.
+    device
+        The device of the server's --topology that this worker computes on, as `penstock topology` names it.
+    label
+        What requests may ask for, as --label.NAME VALUE: its zone, its rack, what it may be used for.
     discovery
         Instead of --join: the list of workers that the frontends read, as file:FOLDER.
     log_level
@@ -184,6 +198,8 @@ def worker(
         host=host or sockets.address_towards(join),
         engine=engine,
         kv=kv,
+        device=device,
+        labels=label or {},
     )
     from penstock.cli.worker import run_worker
 
@@ -198,6 +214,8 @@ def frontend(
     model_name: str = "",
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
+    topology: Path | None = None,
+    service: Service = ServiceSettings(),
     discovery: str = "",
     http_fd: Descriptor = None,
     join_fd: Descriptor = None,
@@ -213,6 +231,8 @@ def frontend(
         What clients call the model; by default the folder's name or the hub id.
     policy
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    topology
+        A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
     log_level
@@ -225,6 +245,8 @@ def frontend(
         secrets=Secrets(process.token(), listen.api_key),
         leases=leases_folder(discovery),
         policy=policy,
+        topology=topology,
+        service=service,
     )
     if http_fd is None or join_fd is None:
         http, registry = sockets.listen_at_both(listen)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 # Rows of `Ledger.booked`. The first three are what workers report as well.
 PREFILLS, STREAMS, BLOCKS, OUTGOING_BYTES, INCOMING_BYTES = range(5)
 REPORTED = 3
-FLIGHT_S = 0.005  # what was booked so short a time before a report came is not in it
+FLIGHT_S = 0.002  # what was booked so short a time before a report came is not in it
 
 Floats = npt.NDArray[np.float64]
 

@@ -16,7 +16,6 @@ what happened to the request, and why it was routed so, under /debug/requests/. 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 from collections import OrderedDict
@@ -46,14 +45,16 @@ from penstock.errors import (
     Unsupported,
     WorkerDraining,
 )
-from penstock.request import Finish, Request, Timeline, Token
+from penstock.request import Constraints, Finish, Request, Timeline, Token
 from penstock.serve import openai
 from penstock.serve.answer import Answer, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
+from penstock.serve.keys import Keys
 from penstock.serve.openai import Ask, Dialect, Heading
 from penstock.serve.pulse import Pulse
 from penstock.serve.text import Tokenizer
+from penstock.serve.wishes import constraints_of, timeout_of
 from penstock.tokens import pack
 
 log = logging.getLogger(__name__)
@@ -98,9 +99,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FrontendOptions:
-    """`inflight` requests at a time, the rest gets a 503. No `api_key`: everybody may ask."""
+    """`inflight` requests at a time, the rest gets a 503. No `api_key` and no `tenant_keys`: everybody may ask."""
 
     api_key: str = field(default="", repr=False)
+    tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # by tenant
     inflight: int = 1024
     body_bytes: int = 16 << 20
     timeout_s: float = 600.0  # from a request's arrival to its last token
@@ -124,12 +126,14 @@ class Frontend:
         tokenizers: Mapping[str, Tokenizer],
         rng: Random,
         options: FrontendOptions = FrontendOptions(),
+        measured: metrics.Metrics | None = None,
     ) -> None:
-        self.metrics = metrics.Metrics()
+        self.metrics = measured or metrics.Metrics()
         self._backend = backend
         self._tokenizers = tokenizers
         self._rng = rng
         self._options = options
+        self._keys = Keys(options.api_key, options.tenant_keys)
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._deadlines: dict[asyncio.Timeout, None] = {}  # of the requests that run
         self._since = 0
@@ -176,7 +180,7 @@ class Frontend:
         except Cancelled:
             exchange.abort()
         except Exception as error:
-            await self._refuse(exchange, self._explain(error))
+            await self._refuse(exchange, self._explain(error, self._options.timeout_s))
 
     async def drain(self, grace_s: float) -> None:
         """Takes no new requests; those that run end within `grace_s`, by an error at last."""
@@ -207,7 +211,7 @@ class Frontend:
     async def _dispatch(self, exchange: Exchange) -> None:
         method, handler = self._find_route(exchange.path)
         if exchange.path not in OPEN_PATHS:
-            self._check_key(exchange)
+            self._keys.find_tenant(exchange.headers)
         if exchange.method != method and (exchange.method, method) != ("HEAD", "GET"):
             raise MethodNotAllowed(f"{exchange.path} is for {method}, not {exchange.method[:20]}")
         await handler(exchange)
@@ -219,13 +223,6 @@ class Frontend:
         if found is None:
             raise NotFound(f"there is nothing at {path[:200]}; GET / says what there is")
         return found
-
-    def _check_key(self, exchange: Exchange) -> None:
-        key = self._options.api_key
-        given = exchange.headers.get(b"authorization", b"")
-        if key and not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            problem = "the API key is wrong" if given else "this server needs an API key"
-            raise Unauthorized(f"{problem}; send the header Authorization: Bearer KEY")
 
     # Answers
 
@@ -271,11 +268,20 @@ class Frontend:
         for feature, name in ask.needs:
             if feature not in card.supports:
                 raise Unsupported(f"the engine that serves {ask.model!r} has no {feature}; leave {name} out", name)
+        tenant, adapter = self._keys.find_tenant(exchange.headers), card.name if card.base else ""
+        wishes = constraints_of(exchange.headers, ask, tenant, adapter)
         prompt = _encode_prompt(ask, tokenizer, card.max_context_tokens)
         budget = openai.output_budget(len(prompt), ask.max_tokens, dialect.default_tokens, card.max_context_tokens)
         seed = self._rng.getrandbits(63) if ask.seed is None else ask.seed
-        sampling = ask.sampling(budget, seed)
-        request = Request(exchange.id, ask.model, pack(prompt), sampling, self._options.timeout_s)
+        request = Request(
+            id=exchange.id,
+            model=card.base or ask.model,
+            prompt=pack(prompt),
+            sampling=ask.sampling(budget, seed),
+            timeout_s=timeout_of(exchange.headers, self._options.timeout_s),
+            salt=_salt(wishes),
+            constraints=wishes,
+        )
         if exchange.headers.get(b"x-penstock-timeline") == b"1":
             ask = msgspec.structs.replace(ask, wants_timeline=True)
         heading = Heading(dialect.id_prefix + request.id, int(wall_s()), ask.model)
@@ -285,7 +291,8 @@ class Frontend:
 
     def _find_model(self, name: str) -> tuple[ModelCard, Tokenizer]:
         cards = self._backend.cards()
-        card, tokenizer = cards.get(name), self._tokenizers.get(name)
+        card = cards.get(name)
+        tokenizer = self._tokenizers.get(name if card is None else card.base or name)
         if tokenizer is None:
             known = ", ".join(self._tokenizers)
             raise UnknownModel(f"there is no model {name[:200]!r} here; there is {known}", "model")
@@ -295,8 +302,9 @@ class Frontend:
 
     async def _answer(self, exchange: Exchange, answer: Answer) -> None:
         """From the first token to the last byte. Answers errors as well: beyond the task group they are wrapped."""
+        timeout_s = answer.request.timeout_s
         try:
-            latest_s = min(answer.arrived_s + self._options.timeout_s, self._closes_s)
+            latest_s = min(answer.arrived_s + timeout_s, self._closes_s)
             async with asyncio.timeout_at(latest_s) as deadline:
                 self._deadlines[deadline] = None
                 try:
@@ -304,7 +312,7 @@ class Frontend:
                 finally:
                     del self._deadlines[deadline]
         except Exception as error:
-            explained = self._explain(error)
+            explained = self._explain(error, timeout_s)
             answer.fail(explained)
             await self._refuse(exchange, explained)
 
@@ -332,14 +340,14 @@ class Frontend:
 
     # Errors
 
-    def _explain(self, error: Exception) -> PenstockError:
+    def _explain(self, error: Exception, timeout_s: float) -> PenstockError:
         """What is told to the client."""
         if isinstance(error, PenstockError):
             return error
         if isinstance(error, TimeoutError):
             if self._is_draining:
                 return WorkerDraining("this server is shutting down; ask another one")
-            return DeadlineExceeded(f"not done after {self._options.timeout_s:g} s; ask for less at a time")
+            return DeadlineExceeded(f"not done after {timeout_s:g} s; ask for less at a time")
         log.error("a request failed by a fault of this program", exc_info=error)
         return PenstockError(f"a fault of this server: {type(error).__name__}; its log says more")
 
@@ -400,7 +408,7 @@ class Frontend:
         await exchange.respond(200, openai.model_body(card, self._since))
 
     def _served(self) -> dict[str, ModelCard]:
-        return {name: card for name, card in self._backend.cards().items() if name in self._tokenizers}
+        return {name: card for name, card in self._backend.cards().items() if (card.base or name) in self._tokenizers}
 
     async def _show_live(self, exchange: Exchange) -> None:
         await exchange.respond(200, b'{"status":"live"}')
@@ -437,6 +445,11 @@ class Frontend:
         models = ", ".join(self._served()) or "no model yet"
         text = f"penstock {__version__} serves {models}, as OpenAI's API does.\n\n{paths}"
         await exchange.respond(200, text.encode(), b"text/plain; charset=utf-8")
+
+
+def _salt(wishes: Constraints) -> str:
+    """What tenants and adapters compute is not for others."""
+    return f"{wishes.tenant} {wishes.adapter}" if wishes.tenant or wishes.adapter else ""
 
 
 def _without_prefix(name: str) -> str:

@@ -5,24 +5,40 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 from random import Random
+
+from msgspec.structs import replace
 
 from penstock import clock
 from penstock.cluster import ModelCard, Standing
 from penstock.discovery.api import Discovery
 from penstock.errors import NoWorker, UnknownModel, WorkerDraining, WorkerStalled
+from penstock.metrics import QueueMetrics
+from penstock.policy.admission import ServiceLevel
+from penstock.policy.constraints import ANYWHERE, Steering
+from penstock.policy.forecast import Forecast, forecast
 from penstock.policy.liveness import Liveness
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Fleet, Route
 from penstock.policy.routing.roster import Roster
 from penstock.policy.routing.ways import Wiring
 from penstock.request import Plan, Request
+from penstock.serve.admission import Admission
 from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """`level` is what requests are admitted for; what is preferred is kept to while it costs at most `affinity_s`."""
+
+    level: ServiceLevel = field(default_factory=ServiceLevel)
+    affinity_s: float = 0.25
 
 
 class Router:
@@ -39,6 +55,8 @@ class Router:
         policy: Route = pairs.route,
         options: StreamOptions = StreamOptions(),
         wiring: Wiring | None = None,
+        service: ServiceOptions = ServiceOptions(),
+        queued: QueueMetrics | None = None,
     ) -> None:
         self.options = options
         self.endpoint = endpoint
@@ -47,6 +65,10 @@ class Router:
         self._policy = policy
         self._policy_name = policy.__module__.rpartition(".")[2]  # by which it is found, see `policy.routing.api`
         self._wiring = wiring
+        self._admission: Admission | None = None  # where whatever comes may go
+        if service.level.is_limited:
+            self._admission = Admission(service.level, self._foresee, queued or QueueMetrics())
+        self._steering = Steering(service.affinity_s)
         self._fleet: dict[str, Standing] = {}
         self._rosters: dict[str, Roster] = {}  # by model
         self._liveness = Liveness()
@@ -81,15 +103,13 @@ class Router:
         return self._journal.tell(request_id)
 
     def cards(self) -> dict[str, ModelCard]:
-        """Models that live workers serve, by name."""
+        """Models and adapters that live workers serve, by name."""
         found: dict[str, ModelCard] = {}
         for standing in self._fleet.values():
             member = standing.member
-            limit, supports = member.max_context_tokens, member.supports
-            if (known := found.get(member.model)) is not None:
-                limit = min(limit, known.max_context_tokens)
-                supports = tuple(feature for feature in known.supports if feature in supports)
-            found[member.model] = ModelCard(member.model, limit, supports)
+            own = ModelCard(member.model, member.max_context_tokens, member.supports)
+            for card in (own, *(replace(own, name=name, base=member.model) for name in member.adapters)):
+                found[card.name] = _common(found.get(card.name, card), card)
         return found
 
     async def wait_ready(self, workers: int) -> None:
@@ -99,14 +119,17 @@ class Router:
 
     @asynccontextmanager
     async def generate(self, request: Request) -> AsyncIterator[Stream]:
-        """The request's tokens; leaving the block cancels what still runs. Raises NoWorker, UnknownModel."""
+        """The request's tokens; leaving the block cancels what still runs.
+
+        Raises NoWorker, UnknownModel, and what `admitted` raises.
+        """
         stream = Stream(self, request)
-        self._streams[stream] = None
         try:
             await stream.start()
+            self._streams[stream] = None
             yield stream
         finally:
-            del self._streams[stream]
+            self._streams.pop(stream, None)
             await stream.close()
 
     # For Stream
@@ -116,16 +139,20 @@ class Router:
         self._changed.clear()
         await self._changed.wait()
 
+    def admitted(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """Entered when it is the request's turn, to be routed at once. Raises Overloaded, DeadlineExceeded."""
+        return _NO_WAIT if self._admission is None else self._admission.admitted(request)
+
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
-        roster = self._roster(request.model)
-        now, avoided = clock.now(), self._avoided()
-        fleet = self._usable(roster, now, avoid, avoided)
+        roster, now, avoided = self._roster(request.model), clock.now(), self._avoided()
+        fleet, policy = self._constrained(now, request, avoid, avoided)
         ask, found = roster.ask(request)
-        choice = self._policy(now, ask, fleet, self._rng)
+        choice = policy(now, ask, fleet, self._rng)
         if roster.corrects(ask, found, choice):
-            choice = self._policy(now, ask, fleet, self._rng)
+            choice = policy(now, ask, fleet, self._rng)
         roster.book(request.id, ask, found, choice, now)
+        self._steering.note(request, self._fleet[choice.decode].member)
         prefill = tuple(self._fleet[name].member.hop for name in choice.prefill)
         cached = roster.cached_tokens(ask, choice.prefill[0]) if prefill else 0
         decision = Decision(
@@ -150,6 +177,8 @@ class Router:
         self._journal.prefilled(request.id)
         if (roster := self._rosters.get(request.model)) is not None:
             roster.prefilled(request.id, clock.now())
+        if self._admission is not None:
+            self._admission.began(request)
 
     def moved(self, request: Request) -> None:
         """The second token came."""
@@ -160,12 +189,44 @@ class Router:
         """The request is on no worker any more."""
         if (roster := self._rosters.get(request.model)) is not None:
             roster.release(request.id, clock.now())
+        if self._admission is not None:
+            self._admission.ended(request)
 
     def avoid(self, standing: Standing) -> None:
         """A worker just lost a request: prefer others for a moment."""
         now, member = clock.now(), standing.member
         self._avoid_until_s = {key: until_s for key, until_s in self._avoid_until_s.items() if until_s > now}
         self._avoid_until_s[(member.worker, member.epoch)] = now + self.options.avoid_s
+
+    def _foresee(self, request: Request) -> Forecast:
+        """What the request would meet if it were routed now. Raises NoWorker, UnknownModel."""
+        now = clock.now()
+        fleet, policy = self._constrained(now, request, (), self._avoided())
+        ask, _ = self._roster(request.model).ask(request)
+        return forecast(ask, fleet, policy(now, ask, fleet, self._rng))
+
+    def _constrained(
+        self, now: float, request: Request, tried: Collection[str], avoided: Collection[str]
+    ) -> tuple[Fleet, Route]:
+        """The workers that the request may go to, and how to choose among them. Raises NoWorker, UnknownModel."""
+        roster = self._roster(request.model)
+        fleet = self._usable(roster, now, tried, avoided)
+        if request.constraints == ANYWHERE:
+            return fleet, self._policy
+        try:
+            fleet = self._steering.narrowed(request, fleet, self._fleet)
+        except NoWorker:  # an avoided worker is better than none
+            fleet = self._steering.narrowed(request, roster.fleet(now, tried), self._fleet)
+        return fleet, self._steering.keeping(self._policy, request, fleet, self._fleet)
+
+    def _has_place(self, request: Request, leaving: Collection[str]) -> bool:
+        """Whether anybody else takes the request now."""
+        try:
+            fleet = self._roster(request.model).fleet(clock.now(), leaving)
+            self._steering.narrowed(request, fleet, self._fleet)
+        except (NoWorker, UnknownModel):
+            return False
+        return True
 
     def _roster(self, model: str) -> Roster:
         if self._fleet and model not in self._rosters:
@@ -189,8 +250,11 @@ class Router:
             models.setdefault(standing.member.model, {})[name] = standing
         for model in [model for model in self._rosters if model not in models]:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
+            self._steering.forget(model)
         for model, standings in models.items():
             self._rosters.setdefault(model, Roster(self._wiring)).update(standings, now)
+        if self._admission is not None:
+            self._admission.look()
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.
@@ -222,10 +286,9 @@ class Router:
         leaving = {name: why for name in self._fleet if (why := self._why_leave(name)) is not None}
         if not leaving:
             return
-        models = {one.member.model: None for name, one in self._fleet.items() if name not in leaving}
         for stream in self._streams:
             why = leaving.get(stream.worker)
-            if why is not None and self._fleet[stream.worker].member.model in models:
+            if why is not None and self._has_place(stream.request, leaving):
                 stream.move(why)
 
     def _why_leave(self, name: str) -> WorkerDraining | WorkerStalled | None:
@@ -234,3 +297,13 @@ class Router:
         if (seen := self._liveness.stalled.get(name)) is not None:
             return WorkerStalled(f"{name} made no step for {seen.still_s:.0f} s, of at most {seen.bound_s:.0f} s")
         return None
+
+
+_NO_WAIT = nullcontext()
+
+
+def _common(one: ModelCard, other: ModelCard) -> ModelCard:
+    """What workers of both kinds can do."""
+    limit = min(one.max_context_tokens, other.max_context_tokens)
+    supports = tuple(feature for feature in one.supports if feature in other.supports)
+    return replace(one, max_context_tokens=limit, supports=supports)

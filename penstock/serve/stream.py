@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +59,10 @@ class Choices(Protocol):
 
     options: StreamOptions
     endpoint: Endpoint
+
+    def admitted(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """Entered when it is the request's turn, to be routed at once. Raises Overloaded, DeadlineExceeded."""
+        ...
 
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
@@ -111,13 +116,19 @@ class Stream:
         self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
 
     @property
+    def request(self) -> Request:
+        """As it came."""
+        return self._request
+
+    @property
     def worker(self) -> str:
         """Its decode worker."""
         return self._standing.member.worker
 
     async def start(self) -> None:
-        """Opens the call on the chosen worker, or the next one that can be reached."""
-        self._choose()
+        """Waits for its turn, and opens the call on the chosen worker, or the next one that can be reached."""
+        async with self._router.admitted(self._request):
+            self._choose()
         await self._open()
 
     async def read(self) -> tuple[list[Token], Finish | None]:

@@ -54,6 +54,7 @@ class WorkerOptions:
     pid: int = 0
     domain: str = ""
     device: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     prefill: PrefillOptions = field(default_factory=PrefillOptions)
@@ -220,6 +221,7 @@ class Worker:
             device=options.device,
             engine=info.name,
             supports=info.supports,
+            labels=dict(options.labels),
             chunk_tokens=options.limits.step_tokens,
         )
 

@@ -116,6 +116,7 @@ class Fleet:
     decoders: Indices = field(default_factory=lambda: np.empty(0, np.intp))
     prefillers: Indices = field(default_factory=lambda: np.empty(0, np.intp))
     is_split: bool = False  # some prefill for others; else every request stays on one of `decoders`
+    usable: Mask = field(default_factory=lambda: np.empty(0, np.bool_))  # what `only` was called with
     _meeting: Meeting | None = None
     _paths: dict[int, Path] = field(default_factory=dict)  # rows that were asked for; masked copies share them
 
@@ -125,7 +126,7 @@ class Fleet:
         prefillers = _preferring(self.prefers_prefill, usable)
         prefillers = prefillers[self._helps(prefillers, decoders)]
         is_split = prefillers.size > 0 and not np.array_equal(prefillers, decoders)
-        chosen = replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split)
+        chosen = replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split, usable=usable)
         return replace(chosen, _meeting=Meeting(chosen))
 
     @property

@@ -49,7 +49,7 @@ class Roster:
         self._load: Floats = np.zeros((REPORTED, 0))  # what the fleet shows
         self._fleet: Fleet | None = None  # None: nobody is there
         self._masked: tuple[tuple[str, ...], Fleet | None] = ((), None)
-        self._asked = 0
+        self._booked = 0
 
     def update(self, standings: Mapping[str, Standing], now: float) -> None:
         """These workers serve the model now. Those that drain take no requests, so they are left out."""
@@ -94,13 +94,12 @@ class Roster:
         return self._prefixes.index(worker)
 
     def ask(self, request: Request) -> tuple[Ask, Found]:
-        """What a policy is asked, and what was found of the prompt. Called once for each decision."""
-        number, self._asked = self._asked, self._asked + 1
+        """What a policy is asked, and what was found of the prompt."""
         found = self._prefixes.find(request)
         token_bytes = self._members[0].layout.token_bytes
         restore_s = found.lower_tokens * (token_bytes / RESTORE_BYTES_PER_S)
         left_tokens = request.sampling.max_tokens - request.progress.count
-        ask = Ask(number, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
+        ask = Ask(self._booked, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
         return ask, found
 
     def cached_tokens(self, ask: Ask, worker: str) -> int:
@@ -119,6 +118,7 @@ class Roster:
 
     def book(self, request_id: str, ask: Ask, found: Found, choice: Choice, now: float) -> None:
         """`choice` is being carried out: its load is counted, and its prompt believed to be where it will be."""
+        self._booked += 1
         decode = self._columns[choice.decode]
         prefill = self._columns[choice.prefill[0]] if choice.prefill else decode
         fleet = self._present()
@@ -240,9 +240,15 @@ class Occupancy:
 
 
 def _prices(load: Load) -> Sequence[float]:
-    """Of a prompt token, a pair, a sequence and a token read, see `policy.latency.steps`; 0: not known."""
+    """Of a prompt token, a pair, a sequence and a token read, see `policy.latency.steps`; 0: not known.
+
+    Workers report prices from the start, when they have computed nothing yet: they count once there is a rate as well.
+    """
     prices = load.step_prices.prices[1:5] if load.step_prices is not None else ()
-    return [max(0.0, price) for price in prices] if len(prices) == 4 else [0.0] * 4
+    if len(prices) != 4:
+        return [0.0] * 4
+    rates = (load.prefill_tokens_per_s, load.prefill_tokens_per_s, load.decode_step_s, load.decode_step_s)
+    return [max(0.0, price) if rate else 0.0 for price, rate in zip(prices, rates, strict=True)]
 
 
 def _numbered(domains: Sequence[Hashable]) -> Indices:

@@ -45,16 +45,6 @@ class Wiring(Protocol):
         ...
 
 
-class FabricWiring:
-    """Workers on single devices of a fabric, which are named as there."""
-
-    def __init__(self, fabric: Fabric) -> None:
-        self._climber = Climber(fabric)
-
-    def climb(self, device: str) -> Sequence[Rung]:
-        return self._climber.climb((device,))
-
-
 class Climber:
     """Finds the rungs of workers on one or several devices of `fabric`, once."""
 

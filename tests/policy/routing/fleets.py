@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from penstock.blocks import KvLayout
-from penstock.cluster import Load, Member, Role, Standing
+from penstock.cluster import Load, Member, Role, Standing, StepPrices
 from penstock.policy.routing.api import Ask, Fleet
 from penstock.policy.routing.roster import Roster
 from penstock.policy.routing.ways import Rung, Wiring
@@ -32,6 +32,7 @@ class Worker:
     used_blocks: int = 0
     tokens_per_s: float = 0.0
     step_s: float = 0.0
+    prices: StepPrices | None = None
     cached: int = 0
     is_draining: bool = False
     epoch: int = 1
@@ -59,6 +60,7 @@ class Worker:
             free_blocks=BLOCKS - self.used_blocks,
             prefill_tokens_per_s=self.tokens_per_s,
             decode_step_s=self.step_s,
+            step_prices=self.prices,
         )
         return Standing(member, load, self.is_draining)
 

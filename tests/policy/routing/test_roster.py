@@ -8,6 +8,7 @@ from random import Random
 import msgspec
 import pytest
 
+from penstock.cluster import StepPrices
 from penstock.errors import NoWorker
 from penstock.policy.routing.api import Choice, Fleet, Indices
 from penstock.policy.routing.p_token import route
@@ -76,6 +77,14 @@ def test_a_newcomer_counts_as_average() -> None:
     fleet = fleet_of(workers)
     assert fleet.prefill_tokens_per_s.tolist() == [1_000, 3_000, 2_000]
     assert fleet.decode_step_s.tolist() == [PRIOR_STEP_S] * 3
+
+
+def test_prices_that_no_step_has_confirmed_do_not_count() -> None:
+    guessed = StepPrices((0.002, 1e-4, 1e-8, 1e-4, 1e-7))
+    fresh = replace(D, name="new", prices=guessed)
+    assert not fleet_of([fresh]).prices.any()
+    half = replace(D, name="half", prices=guessed, tokens_per_s=9_000.0)  # has not decoded yet
+    assert fleet_of([half]).prices[:, 0].tolist() == [1e-4, 1e-8, 0, 0]
 
 
 def test_roles_are_preferences() -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from penstock.policy.routing.ways import MOST_BUSY, FabricWiring, Rung, Ways
+from penstock.policy.routing.ways import MOST_BUSY, Climber, Rung, Ways
 from penstock.topology.build import NODES, Domain, Nodes, build
 
 NIC, UP = 1e-9, 2e-9  # seconds per byte
@@ -90,8 +90,8 @@ def test_a_link_is_never_so_busy_that_nothing_gets_through() -> None:
 
 def test_climbs_of_a_fabric_name_shared_links() -> None:
     fabric = build([Domain("rack", (Nodes(NODES["hgx-h100"], 2),), count=2, oversubscription=4)])
-    wiring = FabricWiring(fabric)
-    one, other = wiring.climb("rack0/node0/gpu0"), wiring.climb("rack0/node1/gpu0")
+    climber = Climber(fabric)
+    one, other = climber.climb(("rack0/node0/gpu0",)), climber.climb(("rack0/node1/gpu0",))
     assert [rung.domain for rung in one][-2:] == ["rack0", "cluster"]
     assert one[-1].up_gate == other[-1].up_gate and one[-2].up_gate != other[-2].up_gate
     assert one[-2].up_s == pytest.approx(1 / 36e9)
