@@ -97,6 +97,11 @@ class PrefixIndex:
         """Entries: different blocks in each tier, those of workers that left included until they are swept."""
         return sum(len(table) for plane in self._planes.values() for table in plane)
 
+    @property
+    def is_sweeping(self) -> bool:
+        """Whether entries of workers that left are still to be forgotten."""
+        return bool(self._dead) or self._sweeping is not None
+
     def seat(self, workers: Sequence[Incarnation], capacities: Sequence[int]) -> None:
         """These incarnations are there now, with room for so many blocks; the others are forgotten."""
         before, self._seated = self._seated, {}
