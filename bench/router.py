@@ -14,6 +14,7 @@ in the same run; its events are JSON. An entry is a block on a worker.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
@@ -90,7 +91,7 @@ class Effort:
 
 
 FULL = Effort(
-    *((8, 64, 1_000, 4_000), 1_000_000, (10_000, 10_000_000), 1_000, 3),
+    *((8, 64, 1_000, 4_000), 1_000_000, (10_000, 10_000_000), 1_000, 4),
     index=((10_000, 8), (1_000_000, 8), (1_000_000, 1_000)),
     alone=((10_000_000, 1_000),),
 )
@@ -155,6 +156,7 @@ class Cluster:
         self._climber = Climber(build([_racks(workers)]))
         self._report("idle")
         self.requests = self._fill()
+        gc.freeze()  # the fabric is many objects, which would be walked through once, in the midst of a decision
 
     def __str__(self) -> str:
         roles = "" if self.roles == SPLIT else " of either kind"

@@ -176,13 +176,16 @@ class PrefixIndex:
 
     # Beliefs
 
-    def learn(self, worker: Incarnation, hashes: Sequence[int]) -> Sequence[int]:
-        """A prompt of these blocks goes there. Returns what of it should end with `doubt`: all that is news of it.
+    def learn(self, worker: Incarnation, hashes: Sequence[int], held: int = 0) -> Sequence[int]:
+        """A prompt of these blocks goes there, which is just found to hold the first so many.
+
+        Returns what of it should end with `doubt`: all that is news of it.
 
         Raises KeyError for a worker without a seat.
         """
         holder = self._seated[worker]
         if holder.tells:
+            hashes = hashes[held:]
             hashes = hashes[self._count(hashes, holder.bit) :]
         plane, believed, bit, sets = self._changed(_BELIEF), holder.believed, holder.bit, self._sets
         for block in reversed(hashes):  # the last first, so that a prefix is forgotten from its end
