@@ -49,7 +49,7 @@ class Case:
     connections: int
     prompt_tokens: int
     tokens: int
-    what: str  # is measured
+    what: str  # is measured: "CPU per token", "CPU per request" or "time to first token"
     unit: str
     aims: Mapping[str, float]  # by policy
     workers: int = 1
@@ -110,7 +110,7 @@ def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds
     samples: dict[str, list[float]] = {policy: [] for policy in case.aims}
     for seed in range(rounds):
         for policy, values in samples.items():
-            values.append(one_round(folder, words, case, policy, Random(seed), seconds, core)[case.what])
+            values.append(one_round(folder, words, case, policy, Random(seed), seconds, core))
     first, *_ = case.aims
     for policy, aim in case.aims.items():
         reference = (None, None) if policy == first else (first, statistics.median(samples[first]))
@@ -120,7 +120,7 @@ def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds
 
 def one_round(
     folder: Path, words: Sequence[str], case: Case, policy: str, rng: Random, seconds: float, core: int
-) -> dict[str, float]:
+) -> float:
     prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(PROMPTS)]
     requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
     cpu_s: list[float] = []
@@ -130,15 +130,16 @@ def one_round(
         )
     if totals.errors:
         raise SystemExit(f"{case.name}: {totals.errors[0]}")
-    return results(totals, cpu_s[1] - cpu_s[0], case)
+    return result(totals, cpu_s[1] - cpu_s[0], case)
 
 
-def results(totals: Totals, cpu_s: float, case: Case) -> dict[str, float]:
-    return {
-        "CPU per token": cpu_s / totals.tokens(case.tokens) * 1e6,
-        "CPU per request": cpu_s / totals.requests * 1e3,
-        "time to first token": totals.median_first_event_s * 1e3,
-    }
+def result(totals: Totals, cpu_s: float, case: Case) -> float:
+    match case.what:
+        case "CPU per token":
+            return cpu_s / totals.tokens(case.tokens) * 1e6
+        case "CPU per request":
+            return cpu_s / totals.requests * 1e3
+    return totals.median_first_event_s * 1e3
 
 
 @contextmanager

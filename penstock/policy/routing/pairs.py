@@ -204,8 +204,10 @@ def _prices_for(fleet: Fleet, costs: Costs, prefillers: Indices, decode: int) ->
     """Of `prefillers`, all of which reach `decode`."""
     cached = costs.ask.cached_tokens[decode]
     here = costs.elsewhere_s(fleet, prefillers, cached) + HANDOVER_S
-    moved: Floats = costs.prefill_s[prefillers] + costs.moves.seconds(fleet.ways, prefillers, decode)
     shares = (fleet.memory[prefillers] == fleet.memory[decode]) & (fleet.memory[decode] >= 0)
+    if shares.all():
+        return here + costs.decode_s[decode]
+    moved: Floats = costs.prefill_s[prefillers] + costs.moves.seconds(fleet.ways, prefillers, decode)
     prices: Floats = np.where(shares, here, moved) + costs.decode_s[decode]
     return prices
 
