@@ -97,8 +97,8 @@ class Journal:
         entry.decisions.append(decision)
 
     def prefilled(self, request_id: str) -> None:
-        """Its first token came."""
-        if (entry := self._entries.get(request_id)) is not None:
+        """A worker's first token of it came; who goes on with a stream changes nothing."""
+        if (entry := self._entries.get(request_id)) is not None and entry.first_token < 0:
             entry.first_token = len(entry.decisions) - 1
 
     def tell(self, request_id: str) -> list[Decided]:

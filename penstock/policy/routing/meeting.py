@@ -50,19 +50,15 @@ class Moves:
     def seconds(self, ways: Ways, prefillers: Indices, decode: int) -> Floats:
         """From each of `prefillers` to `decode`; infinite where they do not meet."""
         meets = ways.domains[:, prefillers] == ways.domains[:, decode, None]
-        seconds = np.full(prefillers.size, np.inf)
-        for level in reversed(range(len(meets))):
-            here = np.flatnonzero(meets[level])
-            if here.size:
-                seconds[here] = self.at(ways, level, prefillers[here], decode)
-        return seconds
+        nearest = meets.argmax(axis=0)
+        return np.where(meets.any(axis=0), self.at(ways, nearest, prefillers, decode), np.inf)
 
     def prices(self, ways: Ways) -> tuple[Floats, Floats]:
         """Those of `ways`."""
         now_s, others_s = ways.prices()
         return now_s, others_s if self.counts_others else np.zeros_like(others_s)
 
-    def at(self, ways: Ways, level: int, prefillers: Indices, decode: int | Indices) -> Floats:
+    def at(self, ways: Ways, level: int | Indices, prefillers: Indices, decode: int | Indices) -> Floats:
         """The same for those who meet at `level`."""
         now_s, others_s = self.prices(ways)
         byte_s = np.maximum(now_s[0, level, prefillers], now_s[1, level, decode])
@@ -73,6 +69,21 @@ class Moves:
         others = others_s[0, level, prefillers] + others_s[1, level, decode]
         seconds: Floats = waited_s + latency_s + HANDOVER_S + lacking * others
         return seconds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Domains:
+    """Of all levels, numbered through, the smallest level first.
+
+    `prefillers` has all of them once for each level; those of a domain are in `starts[domain]:ends[domain]`. `of` is
+    [levels, decoders]: the domain of each, if there are prefillers in it; else -1, and `is_empty`.
+    """
+
+    prefillers: Indices
+    starts: Indices
+    ends: Indices
+    of: Indices
+    is_empty: npt.NDArray[np.bool_]
 
 
 class Meeting:
@@ -101,16 +112,19 @@ class Meeting:
         return found
 
     @cached_property
-    def _groups(self) -> list[tuple[Indices, Indices, Indices]]:
-        """By level: where each domain of prefillers begins and ends, and the number of each decoder's; -1: none."""
-        found, domains = [], self._fleet.ways.domains
-        for level in range(len(domains)):
-            ours = domains[level, self._prefillers]
-            starts = np.flatnonzero(np.r_[True, ours[1:] != ours[:-1]]) if ours.size else np.empty(0, np.intp)
-            numbers = {int(ours[start]): number for number, start in enumerate(starts)}
-            of = [numbers.get(int(domain), -1) for domain in domains[level, self._fleet.decoders]]
-            found.append((starts, np.r_[starts[1:], ours.size], np.array(of, np.intp)))
-        return found
+    def _domains(self) -> _Domains:
+        """There is a prefiller."""
+        domains, decoders = self._fleet.ways.domains, self._fleet.decoders
+        starts, of = list[int](), []
+        for level, ours in enumerate(domains[:, self._prefillers]):
+            firsts = np.flatnonzero(np.r_[True, ours[1:] != ours[:-1]]).tolist()
+            numbers = {int(ours[first]): len(starts) + number for number, first in enumerate(firsts)}
+            starts += [level * ours.size + first for first in firsts]
+            of.append([numbers.get(int(domain), -1) for domain in domains[level, decoders]])
+        everybody, by_decoder = np.tile(self._prefillers, len(domains)), np.array(of, np.intp)
+        return _Domains(
+            everybody, np.array(starts, np.intp), np.array([*starts[1:], everybody.size]), by_decoder, by_decoder < 0
+        )
 
     def cheapest(
         self, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves, below_s: float
@@ -135,20 +149,23 @@ class Meeting:
 
     def _bounds(self, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves) -> Floats:
         """[levels, decoders]: less than any P of that domain can cost; infinite where there is none."""
-        ours, decoders = self._prefillers, self._fleet.decoders
+        ours, decoders, domains = self._prefillers, self._fleet.decoders, self._domains
         now_s, others_s = moves.prices(ways)
         lacking = moves.lacking_bytes[decoders]
         last = np.minimum(lacking, moves.step_bytes[ours].min())
-        mine = prefill_s[ours]
-        exposed = mine - moves.hidden_s[ours]
-        bounds = np.full((len(self._groups), decoders.size), np.inf)
-        for level, (starts, _, of) in enumerate(self._groups):
-            byte_s, price_s = now_s[0, level, ours], others_s[0, level, ours]
-            least = [np.minimum.reduceat(column, starts)[of] for column in (mine, exposed, byte_s, price_s)]
-            slowest_s = np.maximum(least[2], now_s[1, level, decoders])
-            moved_s = np.maximum(least[0] + slowest_s * last, least[1] + slowest_s * lacking)
-            moved_s += lacking * (least[3] + others_s[1, level, decoders]) + HANDOVER_S + decode_s
-            bounds[level] = np.where(of >= 0, moved_s, np.inf)
+        exposed_s = prefill_s - moves.hidden_s
+
+        def least(column: Floats) -> Floats:
+            return np.minimum.reduceat(column, domains.starts)[domains.of]
+
+        slowest_s = np.maximum(least(now_s[0].take(ours, axis=1).ravel()), now_s[1].take(decoders, axis=1))
+        bounds: Floats = np.maximum(
+            least(prefill_s[domains.prefillers]) + slowest_s * last,
+            least(exposed_s[domains.prefillers]) + slowest_s * lacking,
+        )
+        others = least(others_s[0].take(ours, axis=1).ravel()) + others_s[1].take(decoders, axis=1)
+        bounds += lacking * others + HANDOVER_S + decode_s
+        bounds[domains.is_empty] = np.inf
         return bounds
 
     def _look(
@@ -156,9 +173,9 @@ class Meeting:
     ) -> tuple[int, int, float] | None:
         """The cheapest pair of one decoder at one level."""
         level, column = divmod(at, self._fleet.decoders.size)
-        starts, ends, of = self._groups[level]
-        decode = int(self._fleet.decoders[column])
-        able = self._prefillers[starts[of[column]] : ends[of[column]]]
+        decode, domains = int(self._fleet.decoders[column]), self._domains
+        domain = domains.of[level, column]
+        able = domains.prefillers[domains.starts[domain] : domains.ends[domain]]
         costs = prefill_s[able] + moves.at(ways, level, able, decode) + decode_s[decode]
         costs[self._need_no_link(able, decode)] = np.inf
         row = int(costs.argmin())
@@ -177,16 +194,19 @@ class Meeting:
         best: tuple[int, int, float] | None = None
         levels, columns = np.divmod(left, self._fleet.decoders.size)
         for level in np.unique(levels):
-            starts, ends, of = self._groups[level]
             here = columns[levels == level]
             decoders = self._fleet.decoders[here]
             rows = np.flatnonzero(prefill_s[self._prefillers] + decode_s[decoders].min() < below_s)
             if not rows.size:
                 continue
-            able, domain = self._prefillers[rows], of[here]
+            able, domain, places = (
+                self._prefillers[rows],
+                self._domains.of[level, here],
+                rows[:, None] + level * self._prefillers.size,
+            )
             costs = prefill_s[able][:, None] + moves.at(ways, int(level), able[:, None], decoders[None, :])
             costs += decode_s[decoders]
-            outside = (rows[:, None] < starts[domain]) | (rows[:, None] >= ends[domain])
+            outside = (places < self._domains.starts[domain]) | (places >= self._domains.ends[domain])
             costs[outside | self._need_no_link(able[:, None], decoders)] = np.inf
             row, column = divmod(int(costs.argmin()), decoders.size)
             if costs[row, column] < below_s:

@@ -24,6 +24,7 @@ from penstock.policy.routing.api import (
     Floats,
     Indices,
 )
+from penstock.policy.routing.meeting import HANDOVER_S
 from penstock.policy.routing.ways import Ways, Wiring
 from penstock.request import Request
 
@@ -126,8 +127,8 @@ class Roster:
         cached = float(ask.cached_tokens[held_by])
         prefill_s = float(fleet.prompt_s_at(prefill, ask.prompt_tokens - cached, cached))
         move_bytes = int(ask.uncached_tokens[decode]) * ask.token_bytes if is_moved else 0
-        path = fleet.path(prefill)
-        done_s = fleet.wait_s[prefill] + prefill_s + path.start_s[decode] + path.byte_s[decode] * move_bytes
+        start_s, byte_s = fleet.ways.between(prefill, decode)
+        moved_s = float(fleet.wait_s[prefill]) + prefill_s + HANDOVER_S + start_s + byte_s * move_bytes
         self.ledger.book(
             request_id,
             Booking(
@@ -138,7 +139,7 @@ class Roster:
                     ask.prompt_tokens + min(ask.max_tokens, EXPECTED_OUTPUT_TOKENS)
                 ),
                 move_bytes=move_bytes,
-                move_bytes_per_s=move_bytes / float(done_s),
+                move_bytes_per_s=move_bytes / moved_s,
             ),
             now,
         )

@@ -8,6 +8,7 @@ each is counted with its bytes over the time until it should be done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -112,6 +113,7 @@ class Ways:
         self.latency_s = np.zeros((levels, workers))
         self._idle_s = np.zeros((2, levels, workers))  # seconds per byte of each step: up, down
         self._gates = np.zeros((2, levels, workers), np.intp)  # by number: the shared link of each step
+        self._under: dict[int, list[int]] = {}  # workers that climb through a gate, by its number
         numbers: dict[Hashable, int] = {}
         gates: dict[Hashable, int] = {}
         for worker, climb in enumerate(climbs):
@@ -123,10 +125,14 @@ class Ways:
                 step = rung or Rung("")
                 self._idle_s[:, level, worker] = step.up_s, step.down_s
                 self.latency_s[level, worker] = step.latency_s
-                for way, gate in enumerate((step.up_gate, step.down_gate)):
-                    self._gates[way, level, worker] = gates.setdefault((way, gate), len(gates))
+                for way, (gate, byte_s) in enumerate(((step.up_gate, step.up_s), (step.down_gate, step.down_s))):
+                    number = self._gates[way, level, worker] = gates.setdefault((way, gate), len(gates))
+                    if byte_s:
+                        self._under.setdefault(number, []).append(worker)
         self._loads = np.zeros(len(gates))  # bytes per second that are decided, by gate
-        self._priced: tuple[Floats, Floats] | None = None
+        self._now_s, self._others_s = np.zeros_like(self._idle_s), np.zeros_like(self._idle_s)
+        self._changed: dict[int, None] = {}  # gates with other loads than in these prices
+        self._price(slice(None))
 
     def meet(self, source: int, target: int) -> int | None:
         """The level at which two workers meet, or None."""
@@ -136,23 +142,29 @@ class Ways:
     def carry(self, source: int, target: int, bytes_per_s: float) -> None:
         """So much more is decided to go from one to the other; less than nothing: so much less."""
         if (level := self.meet(source, target)) is not None:
-            self._loads[self._gates[0, : level + 1, source]] += bytes_per_s
-            self._loads[self._gates[1, : level + 1, target]] += bytes_per_s
-            self._priced = None
+            for gates in (self._gates[0, : level + 1, source], self._gates[1, : level + 1, target]):
+                self._loads[gates] += bytes_per_s
+                self._changed.update(dict.fromkeys(gates.tolist()))
 
     def prices(self) -> tuple[Floats, Floats]:
         """[2, levels, workers], up to and down from each level: seconds per byte now, and what a byte costs others.
 
         The first is that of the slowest step, each with what others leave of it. The second adds up all steps: on a
         link that others use for a share u of the time, a byte that takes s delays them by s * u / (1 - u), the mean
-        number of transfers on a shared link times s (M/G/1 with processor sharing).
+        number of transfers on a shared link times s (M/G/1 with processor sharing). Good until the next `carry`.
         """
-        if self._priced is None:
-            loads = self._loads[self._gates]
-            busy = np.minimum(np.maximum(loads, 0.0) * self._idle_s, MOST_BUSY)
-            now_s = np.maximum.accumulate(self._idle_s / (1 - busy), axis=1)
-            self._priced = now_s, np.cumsum(self._idle_s * busy / (1 - busy), axis=1)
-        return self._priced
+        if self._changed:
+            workers = [worker for gate in self._changed for worker in self._under.get(gate, ())]
+            self._changed.clear()
+            self._price(np.array(workers, np.intp) if len(workers) < self.domains.shape[1] else slice(None))
+        return self._now_s, self._others_s
+
+    def between(self, source: int, target: int) -> tuple[float, float]:
+        """Over idle links: seconds to start, infinite where no way leads, and per byte."""
+        if (level := self.meet(source, target)) is None:
+            return math.inf, 0.0
+        latency_s, (ups, downs) = self.latency_s[level], self._idle_s[:, : level + 1]
+        return float(latency_s[source] + latency_s[target]), float(max(ups[:, source].max(), downs[:, target].max()))
 
     def row(self, source: int) -> tuple[Floats, Floats]:
         """From `source` to each over idle links: seconds to start, infinite where none leads, and per byte."""
@@ -163,3 +175,10 @@ class Ways:
             start_s[here] = self.latency_s[level, source] + self.latency_s[level, here]
             byte_s[here] = np.maximum(ups[level, source], downs[level, here])
         return start_s, byte_s
+
+    def _price(self, workers: Indices | slice) -> None:
+        """Brings these columns of the prices up to date."""
+        idle_s, loads = self._idle_s[:, :, workers], self._loads[self._gates[:, :, workers]]
+        busy = np.minimum(np.maximum(loads, 0.0) * idle_s, MOST_BUSY)
+        self._now_s[:, :, workers] = np.maximum.accumulate(idle_s / (1 - busy), axis=1)
+        self._others_s[:, :, workers] = np.cumsum(idle_s * busy / (1 - busy), axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,25 @@ def test_what_is_decided_takes_from_every_step_that_is_shared() -> None:
     assert others_s[up, 1, 1] == pytest.approx(UP * 0.25 / 0.75)
     ways.carry(0, 2, -0.25 / UP)
     assert ways.prices()[1].tolist() == np.zeros((2, 2, 3)).tolist()
+
+
+def test_prices_that_follow_each_change_are_those_of_all_changes_at_once() -> None:
+    step_by_step, at_once = rows(), rows()
+    for source, target, share in ((0, 2, 0.25), (1, 0, 0.5), (2, 1, 0.125), (0, 2, -0.25)):
+        step_by_step.carry(source, target, share / UP)
+        step_by_step.prices()
+        at_once.carry(source, target, share / UP)
+    for one, other in zip(step_by_step.prices(), at_once.prices(), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_one_way_costs_what_the_row_says() -> None:
+    ways = rows()
+    for source in range(3):
+        start_s, byte_s = ways.row(source)
+        for target in {0, 1, 2} - {source}:
+            assert ways.between(source, target) == pytest.approx((start_s[target], byte_s[target]))
+    assert Ways(np.array([0, 1]), [(), ()]).between(0, 1) == (math.inf, 0.0)
 
 
 def test_a_link_is_never_so_busy_that_nothing_gets_through() -> None:
