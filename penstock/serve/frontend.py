@@ -85,6 +85,10 @@ class Backend(Protocol):
         """Live workers by name."""
         ...
 
+    def index_metrics(self) -> metrics.IndexMetrics:
+        """What workers told of their prefix caches."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FrontendOptions:
@@ -409,7 +413,8 @@ class Frontend:
         return "ready" if self._served() else "no worker"
 
     async def _show_metrics(self, exchange: Exchange) -> None:
-        page = metrics.render(self.metrics, self._backend.standings(), self._pulse.delay_p99_s)
+        backend = self._backend
+        page = metrics.render(self.metrics, backend.standings(), backend.index_metrics(), self._pulse.delay_p99_s)
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
 
     async def _show_hints(self, exchange: Exchange) -> None:

@@ -9,23 +9,31 @@ from contextlib import asynccontextmanager
 from random import Random
 
 from penstock import clock
-from penstock.cluster import ModelCard, Standing
+from penstock.cluster import Member, ModelCard, Standing
 from penstock.discovery.api import Discovery
 from penstock.errors import UnknownModel
+from penstock.metrics import IndexMetrics
+from penstock.policy.prefix_index import Incarnation, PrefixIndex
+from penstock.policy.prefixes import incarnation
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Route, Wiring
 from penstock.policy.routing.roster import Roster
 from penstock.request import Plan, Request
+from penstock.serve import kv_events
+from penstock.serve.kv_watch import CallFeed, KvWatch, NewFeed
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
 log = logging.getLogger(__name__)
+
+FEEDS: Mapping[str, NewFeed] = {kv_events.CALL: CallFeed}
 
 
 class Router:
     """Used as `async with`; then `generate` for each request. Owns the roster of each model's workers.
 
     `wiring` prices transfers between the devices that workers name; without it all that are possible cost the same.
+    `feeds` are ways to hear of workers' caches, see `KvWatch`.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class Router:
         policy: Route = pairs.route,
         options: StreamOptions = StreamOptions(),
         wiring: Wiring | None = None,
+        feeds: Mapping[str, NewFeed] = FEEDS,
     ) -> None:
         self.options = options
         self.endpoint = endpoint
@@ -49,6 +58,7 @@ class Router:
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._streams: dict[Stream, None] = {}
+        self._kv_watch = KvWatch(endpoint, feeds)
 
     async def __aenter__(self) -> Router:
         """Raises SetupError if the discovery cannot be watched."""
@@ -61,10 +71,19 @@ class Router:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
+        await self._kv_watch.close()
 
     def standings(self) -> Mapping[str, Standing]:
         """Live workers by name."""
         return self._fleet
+
+    def index_metrics(self) -> IndexMetrics:
+        """What workers told of their prefix caches."""
+        metrics = self._kv_watch.metrics
+        metrics.blocks = {
+            worker: index.digest((worker, epoch))[0] for (worker, epoch), (_, index) in self._seats().items()
+        }
+        return metrics
 
     def cards(self) -> dict[str, ModelCard]:
         """Models that live workers serve, by name."""
@@ -154,6 +173,16 @@ class Router:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
         for model, standings in models.items():
             self._rosters.setdefault(model, Roster(self._wiring)).update(standings)
+        self._kv_watch.update(self._seats())
+
+    def _seats(self) -> dict[Incarnation, tuple[Member, PrefixIndex]]:
+        """Where events of those who tell any belong."""
+        seats: dict[Incarnation, tuple[Member, PrefixIndex]] = {}
+        for member in [standing.member for standing in self._fleet.values()]:
+            worker = incarnation(member)
+            if member.kv_events and (index := self._rosters[member.model].index(worker)) is not None:
+                seats[worker] = member, index
+        return seats
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.

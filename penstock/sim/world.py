@@ -9,7 +9,7 @@ run_virtual(story())
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -23,7 +23,8 @@ from penstock.policy.latency.transfers import over
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Route
 from penstock.request import Finish, Request, Sampling
-from penstock.serve.router import Router
+from penstock.serve.kv_watch import NewFeed
+from penstock.serve.router import FEEDS, Router
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.faults import FAIR, MortalEngine, Weather
 from penstock.sim.network import Network
@@ -88,7 +89,12 @@ class World(Processes):
     """Used as `async with`; then `ask`, and the verbs of misfortune."""
 
     def __init__(
-        self, seed: int = 0, shape: Shape = Shape(), weather: Weather = FAIR, policy: Route = pairs.route
+        self,
+        seed: int = 0,
+        shape: Shape = Shape(),
+        weather: Weather = FAIR,
+        policy: Route = pairs.route,
+        feeds: Mapping[str, NewFeed] = FEEDS,
     ) -> None:
         self.shape = shape
         self.rng = Random(seed)
@@ -100,7 +106,7 @@ class World(Processes):
             for name in (shape.ways if shape.is_streamed else ())
         }
         self._requests = 0
-        new_router = partial(Router, policy=policy)
+        new_router = partial(Router, policy=policy, feeds=feeds)
         hubs: list[Hub] = [self.memory, *self.ways.values()]
         super().__init__(self._make, hubs, self.rng, weather, shape.timing, shape.worker.rpc, new_router)
 

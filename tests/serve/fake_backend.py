@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from penstock.cluster import ModelCard, Standing
+from penstock.metrics import IndexMetrics
 from penstock.request import Finish, Request, Timeline, Token
 from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.text import ChatTemplate, Tokenizer
@@ -96,6 +97,9 @@ class FakeBackend:
 
     def standings(self) -> Mapping[str, Standing]:
         return self.workers
+
+    def index_metrics(self) -> IndexMetrics:
+        return IndexMetrics()
 
     @asynccontextmanager
     async def generate(self, request: Request) -> AsyncIterator[FakeStream]:
