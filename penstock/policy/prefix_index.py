@@ -122,8 +122,10 @@ class PrefixIndex:
             sets.clear()
 
     def removed(self, worker: Incarnation, hashes: Sequence[int], tier: int = DEVICE) -> None:
-        """It does not hold these blocks any more. Idempotent."""
+        """It does not hold these blocks any more, whatever was believed. Idempotent."""
         holder = self._seated[worker]
+        for block in filter(holder.believed.__contains__, hashes):
+            self._disbelieve(holder, block)
         plane, bit = self._changed(tier, hashes), holder.bit
         for block in hashes:
             holders = plane.get(block, 0)
