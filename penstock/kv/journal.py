@@ -34,12 +34,15 @@ Changes = dict[int, Origin | None]  # by route hash, in order: stored, or evicte
 
 
 class Tail:
-    """One follower's part of a journal. `is_cut`: more changed than a tail holds, so it must begin anew."""
+    """One follower's part of a journal. `is_cut`: more changed than a tail holds, so it must begin anew.
 
-    def __init__(self, on_change: Callable[[], None], most_pending: int) -> None:
+    The follower sets `on_change` to what is called when the tail is no longer empty.
+    """
+
+    def __init__(self, most_pending: int) -> None:
+        self.on_change: Callable[[], None] = lambda: None
         self.is_cut = False
         self._changes: Changes = {}
-        self._on_change = on_change
         self._most_pending = most_pending
 
     def __len__(self) -> int:
@@ -54,10 +57,11 @@ class Tail:
         """Called by Journal."""
         if self.is_cut:
             return
+        was_empty = not self._changes
         self._changes.pop(route, None)  # the order is that of the last changes
         self._changes[route] = origin
-        if len(self._changes) == 1:
-            self._on_change()
+        if was_empty:
+            self.on_change()
         elif len(self._changes) > self._most_pending:
             self.is_cut = True
             self._changes = {}
@@ -100,9 +104,9 @@ class Journal:
             self._note(-1, route, None)
 
     @contextmanager
-    def follow(self, on_change: Callable[[], None]) -> Iterator[Tail]:
-        """A tail that grows while inside the block. `on_change` is called when it is no longer empty."""
-        tail = Tail(on_change, self._most_pending)
+    def follow(self) -> Iterator[Tail]:
+        """A tail that grows while inside the block."""
+        tail = Tail(self._most_pending)
         self._tails[tail] = None
         try:
             yield tail

@@ -2,7 +2,7 @@
 
 router --- kv_events -----------------> worker
        <-- Part, Part, ... ------------  what can be found now, a few thousand blocks each
-       <-- Change, Change, ... --------  as it comes, at most every `flush_s`; an empty one when it has been quiet
+       <-- Change, Change, ... --------  as it comes, at most every `flush_s`; an empty one as audit
        --- how many were read -------->  so that no more than `WINDOW` are ever under way
 
 A router that reads too slowly gets the last change of each block only, and if even these become too many, all again.
@@ -11,13 +11,13 @@ A router that reads too slowly gets the last change of each block only, and if e
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
 from penstock import clock
-from penstock.errors import ConnectionLost
 from penstock.kv.journal import Journal, Tail
 from penstock.serve.rpc import Call
 
@@ -51,10 +51,10 @@ class Change(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 @dataclass(frozen=True, slots=True)
 class TellOptions:
-    """How often changes are told; how long after the last one it is said once more how things stand."""
+    """How long changes are collected, and how long after one it is said once more how things stand."""
 
     flush_s: float = 0.02
-    audit_s: float = 2.0
+    audit_s: float = 5.0
     part_blocks: int = 4096
 
 
@@ -70,76 +70,84 @@ class Teller:
 
     async def tell(self, call: Call) -> None:
         """Until the caller leaves."""
-        changed = asyncio.Event()
-        with self._journal.follow(changed.set) as tail:
-            reader = _Reader(call, self._journal, tail, changed, self._options)
-            while True:
-                await reader.tell_all()
-                await reader.tell_changes()
+        with self._journal.follow() as tail:
+            await _Reader(call, self._journal, tail, self._options).serve()
 
 
 class _Reader:
-    """One router that is told. `changed` is set while its tail holds something, or was cut."""
+    """One router that is told. While nothing changes there is no timer, and its task waits for what the router read."""
 
-    def __init__(self, call: Call, journal: Journal, tail: Tail, changed: asyncio.Event, options: TellOptions) -> None:
+    def __init__(self, call: Call, journal: Journal, tail: Tail, options: TellOptions) -> None:
         self._call = call
         self._journal = journal
         self._tail = tail
-        self._changed = changed
         self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._parts: Iterator[Part] = iter(())  # of a snapshot, yet to be sent
         self._unread = 0
+        self._sequence = 0
+        self._changed_s = 0.0
+        self._is_audit_due = False
+        self._flush: asyncio.TimerHandle | None = None
+        self._audit: asyncio.TimerHandle | None = None
 
-    async def tell_all(self) -> None:
-        size, count, digest = self._options.part_blocks, self._journal.count, self._journal.digest
+    async def serve(self) -> None:
+        self._tail.on_change = self._on_change
+        self._begin()
+        try:
+            self._tell()
+            while (read := await self._call.receive(_decode_read)) is not None:
+                self._unread -= read
+                self._tell()
+        finally:
+            for timer in (self._flush, self._audit):
+                if timer is not None:
+                    timer.cancel()
+
+    def _on_change(self) -> None:
+        self._changed_s = clock.now()
+        if self._flush is None:
+            self._flush = self._loop.call_later(self._options.flush_s, self._on_flush)
+
+    def _on_flush(self) -> None:
+        self._flush = None
+        if self._audit is None:
+            self._audit = self._loop.call_later(self._options.audit_s, self._on_audit)
+        self._tell()
+
+    def _on_audit(self) -> None:
+        self._audit = None
+        self._is_audit_due = True
+        self._tell()
+
+    def _tell(self) -> None:
+        """Sends what there is and due, as far as the router keeps up; called again when it has read more."""
+        if self._tail.is_cut:
+            self._begin()
+        while self._unread < WINDOW and (part := next(self._parts, None)) is not None:
+            self._send(part)
+        if self._unread < WINDOW and self._flush is None and (len(self._tail) or self._is_audit_due):
+            self._sequence += 1
+            self._send(self._take())
+
+    def _begin(self) -> None:
+        count, digest, size = self._journal.count, self._journal.digest, self._options.part_blocks
         hashes = self._journal.snapshot(self._tail).astype("<u8", copy=False)
-        self._changed.clear()
         parts = max(1, -(-count // size))
-        for number in range(parts):
-            await self._wait_room()
-            packed = hashes[number * size : (number + 1) * size].tobytes()
-            self._send(Part(number, parts, packed, count, digest))
-            await asyncio.sleep(0)
+        self._parts = (
+            Part(number, parts, hashes[number * size : (number + 1) * size].tobytes(), count, digest)
+            for number in range(parts)
+        )
+        self._sequence = 0
 
-    async def tell_changes(self) -> None:
-        """Returns when so much changed that all must be told again."""
-        sequence, audit_s = 0, None
-        while True:
-            is_change = await _comes(self._changed, audit_s)
-            since_s = clock.now()
-            if is_change:
-                await asyncio.sleep(self._options.flush_s)
-            await self._wait_room()
-            if self._tail.is_cut:
-                return
-            sequence += 1
-            self._send(self._take(sequence, since_s))
-            audit_s = self._options.audit_s if is_change else None
-
-    def _take(self, sequence: int, since_s: float) -> Change:
+    def _take(self) -> Change:
+        self._is_audit_due = False
         changes = self._tail.take()
-        self._changed.clear()
         stored = np.array([route for route, origin in changes.items() if origin is not None], "<u8").tobytes()
         removed = np.array([route for route, origin in changes.items() if origin is None], "<u8").tobytes()
-        return Change(sequence, stored, removed, self._journal.count, self._journal.digest, clock.now() - since_s)
+        age_s = clock.now() - self._changed_s if changes else 0.0
+        return Change(self._sequence, stored, removed, self._journal.count, self._journal.digest, age_s)
 
     def _send(self, message: Part | Change) -> None:
         self._unread += 1
         self._call.send(message)
-
-    async def _wait_room(self) -> None:
-        """Returns when one more may be under way."""
-        while self._unread >= WINDOW:
-            read = await self._call.receive(_decode_read)
-            if read is None:
-                raise ConnectionLost(f"{self._call.peer_name} reads no more KV events")
-            self._unread -= read
-
-
-async def _comes(changed: asyncio.Event, within_s: float | None) -> bool:
-    """Whether it is set within that time."""
-    try:
-        async with asyncio.timeout(within_s):
-            await changed.wait()
-        return True
-    except TimeoutError:
-        return False

@@ -24,8 +24,9 @@ class Follower:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.calls = 0
-        self.following = journal.follow(self.on_change)
+        self.following = journal.follow()
         self.tail = self.following.__enter__()
+        self.tail.on_change = self.on_change
         self.begin()
 
     def on_change(self) -> None:
@@ -97,7 +98,8 @@ TestJournal = Machine.TestCase
 def test_only_the_last_change_of_a_block_counts_and_only_the_first_one_calls() -> None:
     journal = Journal(4, keeps_origins=True)
     calls: list[None] = []
-    with journal.follow(lambda: calls.append(None)) as tail:
+    with journal.follow() as tail:
+        tail.on_change = lambda: calls.append(None)
         journal.stored(BlockId(0), 7, Origin(None, b"one", "salt"))
         journal.stored(BlockId(1), 8, Origin(7, b"two", "salt"))
         journal.evicted(BlockId(1))
@@ -116,7 +118,7 @@ def test_only_the_last_change_of_a_block_counts_and_only_the_first_one_calls() -
 
 def test_a_tail_that_nobody_reads_is_cut() -> None:
     journal = Journal(100, most_pending=10)
-    with journal.follow(lambda: None) as tail:
+    with journal.follow() as tail:
         for block in range(50):
             journal.stored(BlockId(block), block + 1)
         assert tail.is_cut and not len(tail)
