@@ -45,6 +45,12 @@ from penstock.serve.stepper import Stepper
 
 log = logging.getLogger(__name__)
 
+_SIDE_BY_SIDE = 2  # writers that may share what is on its way
+
+_METER_S = 0.1
+_PEAK_HALVES_S = 60.0
+_FULL = 0.8
+
 _decode_nothing = msgspec.msgpack.Decoder(None).decode
 
 
@@ -54,7 +60,7 @@ class LendOptions:
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
     While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted for copies:
-    enough to keep a fast link busy, and so little that those who came first are soon done.
+    enough to keep a fast link busy, and so little that those who lack least are soon done.
     """
 
     lease_s: float = 5.0
@@ -84,6 +90,7 @@ class Lender:
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
         self.layout = shared.region.layout
         self._lent: dict[int, Borrowing] = {}
+        self.arrivals = Meter()
         stepper.on_starved = self._call_off
 
     def lend(self, borrowing: Borrowing, chunk_tokens: int) -> bool:
@@ -113,21 +120,28 @@ class Lender:
             self._grant(borrowing, lease, borrowing.wanted_blocks)
 
     def share_out(self) -> None:
-        """Grants what writers over the wire wait for, as far as there is room on it: first come, first served."""
-        line = [borrowing for borrowing in self._lent.values() if borrowing.transfer]
+        """Grants what writers over the wire wait for, as far as there is room on it: who lacks least comes first.
+
+        Nobody has more than a part of the room ahead of what is here, and nobody waits for writers that are slow for
+        reasons of their own: only while as much arrives as ever did. Who lacks less than a part does not wait at all.
+        """
+        line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
+        most = self.options.incoming_bytes // self.layout.block_bytes
+        part = max(1, most // min(_SIDE_BY_SIDE, max(1, len(line))))
+        is_full = self.arrivals.is_at_peak(clock.now())
         for borrowing in line:
-            room = max(self.options.incoming_bytes // self.layout.block_bytes - incoming, 0 if incoming else 1)
-            more = min(borrowing.wanted_blocks - borrowing.granted_blocks, room)
+            more, before = borrowing.wanted_blocks - borrowing.granted_blocks, borrowing.incoming_blocks
+            if borrowing.lacking_blocks > part:
+                room = most - incoming if is_full and incoming else part
+                more = min(more, room, part - borrowing.granted_blocks + borrowing.moved_blocks)
             if borrowing.lease is None or more <= 0:
-                if room <= 0:
-                    return
                 continue
             try:
                 self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)
             except PenstockError as error:
                 borrowing.call.fail(error)
-            incoming += more
+            incoming += borrowing.incoming_blocks - before
 
     def _grant(self, borrowing: Borrowing, lease: Lease, blocks: int) -> None:
         """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
@@ -164,6 +178,27 @@ class Lender:
         """Decodes need the blocks more than this prefill."""
         if (borrowing := self._lent.get(lease.id)) is not None:
             borrowing.call.fail(LeaseLost(f"lease {lease.id} was called off: running requests need its blocks"))
+
+
+class Meter:
+    """How fast KV arrives here, of all writers together, and how fast it ever did, of which some is forgotten."""
+
+    def __init__(self) -> None:
+        self._since_s = 0.0
+        self._blocks = 0
+        self._peak = 0.0  # blocks per second
+
+    def note(self, now: float, blocks: int) -> None:
+        """So many more are here."""
+        self._blocks += blocks
+        if (passed_s := now - self._since_s) >= _METER_S:
+            kept = 0.5 ** (passed_s / _PEAK_HALVES_S)
+            self._peak = max(self._peak * kept, self._blocks / passed_s)
+            self._since_s, self._blocks = now, 0
+
+    def is_at_peak(self, now: float) -> bool:
+        """Whether it could hardly be faster, as far as is known."""
+        return self._blocks >= _FULL * self._peak * (now - self._since_s - _METER_S)
 
 
 class Reclaimer:
@@ -262,6 +297,11 @@ class Borrowing:
         return len(self.lease.blocks) if self.lease is not None else 0
 
     @property
+    def lacking_blocks(self) -> int:
+        """Of the whole prompt, not here yet."""
+        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.moved_blocks
+
+    @property
     def incoming_blocks(self) -> int:
         """On their way: granted, computed, and not in place."""
         return max(0, min(self.granted_blocks, self.computed_blocks) - self.moved_blocks)
@@ -337,6 +377,7 @@ class Borrowing:
     def _note_moved(self, message: Wrote) -> None:
         self.computed_blocks = self._lender.layout.blocks_for(message.tokens) - len(self.pinned)
         if message.moved > self.moved_blocks:
+            self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved
             self._lender.share_out()
 

@@ -296,7 +296,7 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
         streamed.test_a_prefill_that_is_preempted_is_not_in_its_own_way, bytes_per_s=1_000
     ),
     no_token_from_who_computes_before_it_is_granted_blocks: (
-        streamed.test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_first
+        streamed.test_many_writers_are_granted_no_more_than_arrives_and_do_not_all_wait_for_all
     ),
     first_token_binds_nobody: partial(
         streamed.test_prefill_killed_after_the_first_token_the_stream_goes_on_with_it, others=()
