@@ -81,7 +81,7 @@ class Router:
         """What workers told of their prefix caches."""
         metrics = self._kv_watch.metrics
         metrics.blocks = {
-            worker: index.digest((worker, epoch))[0] for (worker, epoch), (_, index) in self._seats().items()
+            worker: index.digest((worker, epoch))[0] for (worker, epoch), (_, index) in self.indices().items()
         }
         return metrics
 
@@ -173,10 +173,10 @@ class Router:
             del self._rosters[model]  # bookings and all: its streams may go on, but load nobody that is there
         for model, standings in models.items():
             self._rosters.setdefault(model, Roster(self._wiring)).update(standings)
-        self._kv_watch.update(self._seats())
+        self._kv_watch.update(self.indices())
 
-    def _seats(self) -> dict[Incarnation, tuple[Member, PrefixIndex]]:
-        """Where events of those who tell any belong."""
+    def indices(self) -> dict[Incarnation, tuple[Member, PrefixIndex]]:
+        """Where what workers tell of their caches is entered, for those who tell anything."""
         seats: dict[Incarnation, tuple[Member, PrefixIndex]] = {}
         for member in [standing.member for standing in self._fleet.values()]:
             worker = incarnation(member)
