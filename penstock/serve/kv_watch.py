@@ -79,7 +79,7 @@ class FollowOptions:
 
     turn_blocks: int = 2048
     retry_s: float = 0.1
-    retry_most_s: float = 5.0
+    retry_most_s: float = 1.0
     steady_s: float = 5.0  # a snapshot that was right for so long is replaced at once when it no longer is
 
 
@@ -171,8 +171,9 @@ class _Copy:
         self._sequence = change.sequence
         await self._by_turns(self._index.removed, change.removed)
         await self._by_turns(self._index.stored, change.stored)
-        self._metrics.changes += (len(change.removed) + len(change.stored)) // 8
-        self._metrics.lag_s.observe(change.age_s)
+        if blocks := (len(change.removed) + len(change.stored)) // 8:
+            self._metrics.changes += blocks
+            self._metrics.lag_s.observe(change.age_s)
         return self._index.digest(self._worker) == (change.count, change.digest)
 
     async def _by_turns(self, enter: Callable[[Incarnation, Sequence[int]], None], packed: bytes) -> None:

@@ -28,7 +28,7 @@ from penstock.sim.world import Shape, World
 from penstock.tokens import pack
 
 ENGINE = EngineOptions(step_s=0.01, prefill_token_s=1e-4)
-AUDIT_S = 5.5
+AUDIT_S = 6.5  # after a change at the latest, what was lost of it has been found and mended
 
 
 class Watched:
@@ -89,7 +89,7 @@ def differing(world: World, router: Router) -> list[str]:
         (name, worker.member.epoch): (worker.journal.count, worker.journal.digest)
         for name, worker in world.workers.items()
     }
-    assert list(entered) == list(held)
+    assert sorted(entered) == sorted(held)
     return [name for (name, epoch), digest in held.items() if entered[name, epoch] != digest]
 
 
@@ -129,7 +129,7 @@ def test_under_load_with_evictions_nothing_drifts() -> None:
             metrics = cluster.router.index_metrics()
             assert (metrics.drifts, metrics.snapshots) == (0, 3)
             assert metrics.changes > sum(metrics.blocks.values()) > 0
-            assert sum(metrics.lag_s.counts) and metrics.lag_s.counts[0] == sum(metrics.lag_s.counts)
+            assert metrics.lag_s.counts[1] == sum(metrics.lag_s.counts) > 0  # what they are collected for, and no more
 
     run_virtual(story())
 
@@ -283,9 +283,11 @@ def test_two_frontends_know_the_same() -> None:
             prompt = [7] * 320
             answer = await cluster.ask(prompt)
             await asyncio.sleep(0.1)
-            async with other.generate(Request("x", ENGINE.model, pack(prompt), Sampling(max_tokens=1))) as stream:
-                _, finish = await stream.read()
-            assert finish is not None and answer.finish is not None
+            finish = None
+            async with other.generate(Request("x", ENGINE.model, pack(prompt), Sampling(max_tokens=3))) as stream:
+                while finish is None:
+                    _, finish = await stream.read()
+            assert answer.finish is not None
             assert finish.timeline.decode_worker == answer.finish.timeline.decode_worker
             assert finish.timeline.cached_tokens == 304
 
