@@ -217,7 +217,8 @@ class WorkerConfig:
     """All that the process of a worker is told. Exactly one of `join` and `leases` is set.
 
     `join` is the HOST:PORT of a frontend's registry, `leases` the folder of a file discovery; `host` is the address
-    at which other processes reach this worker.
+    at which other processes reach this worker. `kv_events` is where other routers hear of its prefix cache, as
+    ENDPOINT or ENDPOINT,replay=ENDPOINT.
     """
 
     name: str
@@ -229,6 +230,7 @@ class WorkerConfig:
     host: str
     engine: EngineSettings
     kv: KvSettings
+    kv_events: str = ""
 
 
 @dataclass(frozen=True, slots=True)

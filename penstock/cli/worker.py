@@ -41,6 +41,8 @@ async def run_worker(config: WorkerConfig) -> None:
         options = worker_options(config, transports)
         new_region = new_host_region if engine.info.shares_memory else bare_region
         worker = await stack.enter_async_context(Worker(options, engine, wires, new_region, transports))
+        if config.kv_events:
+            await stack.enter_async_context(_publishing(config.kv_events, worker))
         gc.freeze()  # a model is 360,000 objects, which the collector need not walk through again
         await worker.serve(_stay_known(config, worker), leave, process.grace_s)
 
@@ -74,6 +76,16 @@ def _build_transport(spec: str, config: WorkerConfig) -> Transport:
     return transport
 
 
+def _publishing(spec: str, worker: Worker) -> AbstractAsyncContextManager[None]:
+    """Events for other routers, as `spec` says. Raises SetupError."""
+    from penstock.wire.zmq_publisher import PublisherOptions, publishing
+
+    endpoint, _, listed = spec.partition(",")
+    values = {"endpoint": endpoint} | settings(f"{endpoint.replace(':', '')}:{listed}", "KV events at")
+    options = parse(PublisherOptions, values, "--kv-events")
+    return publishing(worker.journal, worker.member.layout.block_tokens, options)
+
+
 async def _opened(stack: AsyncExitStack, transport: Transport) -> Transport:
     if isinstance(transport, AbstractAsyncContextManager):
         await stack.enter_async_context(transport)
@@ -94,6 +106,7 @@ def worker_options(config: WorkerConfig, transports: Sequence[Transport]) -> Wor
         pid=os.getpid(),
         domain=config.kv.domain or _domain(config.host, transports),
         lend=LendOptions(lease_s=config.kv.lease_s),
+        keeps_origins=bool(config.kv_events),
     )
 
 

@@ -67,7 +67,7 @@ class Tail:
             self._changes = {}
 
     def begin(self) -> None:
-        """Called by Journal: a snapshot is taken at this moment."""
+        """What came before this moment is known otherwise, or does not matter any more."""
         self.is_cut = False
         self._changes = {}
 

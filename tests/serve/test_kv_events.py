@@ -110,7 +110,7 @@ def test_a_large_snapshot_is_entered_in_small_bites_between_which_others_have_th
         journal, index = Journal(30_000), PrefixIndex()
         fill(journal, range(30_000))
         index.seat([WHO], [30_000])
-        options = FollowOptions(turn_blocks=500)
+        options = FollowOptions(turn_blocks=512)
         async with router_to(journal) as router:
             watch = KvWatch(router, {"call": lambda *found: CallFeed(*found, options)})
             watch.update({WHO: (MEMBER, index)})
@@ -118,7 +118,7 @@ def test_a_large_snapshot_is_entered_in_small_bites_between_which_others_have_th
             while counts[-1] < 30_000:
                 await asyncio.sleep(0)
                 counts.append(index.digest(WHO)[0])
-            assert max(later - earlier for earlier, later in pairwise(counts)) == 500
+            assert max(later - earlier for earlier, later in pairwise(counts)) == 512
             assert watch.metrics.snapshots == 1
             await watch.close()
 
