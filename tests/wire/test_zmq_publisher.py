@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 import zmq
 import zmq.asyncio
 
@@ -29,7 +32,10 @@ def options_in(folder: Path, **more: object) -> PublisherOptions:
     return PublisherOptions(f"ipc://{folder}/events", f"ipc://{folder}/replay", flush_s=0.001, **more)  # type: ignore[arg-type]
 
 
-def test_another_router_hears_what_is_stored_and_evicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_another_router_hears_what_is_stored_and_evicted(
+    tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     async def story() -> None:
         options, journal = options_in(tmp_path, topic="kv"), Journal(100, keeps_origins=True)
         with zmq.asyncio.Context() as context:
@@ -60,7 +66,7 @@ def test_another_router_hears_what_is_stored_and_evicted(tmp_path: Path) -> None
                         BlockRemoved((11,), "GPU"),
                     )
 
-    run(story())
+    run(story(), loop_factory=loop_factory)
 
 
 async def wait_heard(journal: Journal, events: zmq.asyncio.Socket) -> None:
