@@ -336,5 +336,5 @@ def test_a_story_notices(mutant: Callable[[pytest.MonkeyPatch], None], monkeypat
 def test_storms_notice(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match="PENSTOCK_STORM"):
-        for seed in range(300):
+        for seed in range(400):
             storms.check(seed)
