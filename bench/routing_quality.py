@@ -11,6 +11,7 @@ Goodput is requests per second with TTFT up to 3 s and up to 50 ms a token. Scar
 highest tier that any of this cell's transfers crossed, by whatever policy.
 
     python bench/routing_quality.py --traces FOLDER                     the full grid: 12 cells, 3 seeds, all policies
+    python bench/routing_quality.py --ablate                            what each term of the price is worth
     python bench/routing_quality.py --cells conversation-tree-0.9 --policies pairs,p_token,netkv --requests 500
 """
 
@@ -33,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock.policy.latency.steps import decode
+from penstock.policy.routing import pairs
 from penstock.sim.cluster import ClusterSpec
 from penstock.sim.cluster_file import described
 from penstock.sim.record import Recorder
@@ -49,6 +51,7 @@ BASELINES = (
     *("least_loaded", "power_of_two", "round_robin", "random"),
 )
 SLO_TTFT_S, SLO_TPOT_S = 3.0, 0.05
+TERMS = {f"{OURS} without {term}": term for term in pairs.TERMS}
 BATCH, DEPTH = 64, 8_192  # of a decode step that capacity is reckoned with
 WHOLE = 131_072  # tokens of a step of engines that hand over after prefill
 REQUESTS, SEEDS = 1_500, 3
@@ -103,12 +106,12 @@ CELLS = (
     Cell("conversation", "tree", 0.6, split(8, 4), FAST),
     Cell("conversation", "tree", 0.9, split(8, 4), FAST),
     Cell("conversation", "tree", 1.2, split(8, 4), FAST),
-    Cell("conversation", "tree-100g-after", 0.9, split(8, 4, WHOLE), SLOW, is_felt=True),
+    Cell("conversation", "tree-100g-after", 0.6, split(4, 8, WHOLE), SLOW, is_felt=True),
     Cell("synthetic", "tree", 0.9, split(8, 4), FAST),
     Cell("synthetic", "nvl72", 0.9, split(9, 4), NVL72),
     Cell("synthetic", "node-shared", 1.2, SHARED % (4, 2), NODE),
     Cell("agent", "tree", 0.9, split(8, 4), FAST),
-    Cell("agent", "tree-100g", 0.6, split(8, 4), SLOW, is_felt=True),
+    Cell("agent", "tree-100g", 0.6, split(4, 8), SLOW, is_felt=True),
 )
 
 
@@ -137,19 +140,22 @@ def main() -> None:
     )
     parser.add_argument("--cells", help="names, by commas; default: all")
     parser.add_argument("--policies", default=",".join((OURS, *BASELINES)))
+    parser.add_argument("--ablate", action="store_true", help="pairs, and pairs with each term left out, instead")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     arguments = parser.parse_args()
     cells, policies = chosen(arguments.cells), arguments.policies.split(",")
+    if arguments.ablate:
+        policies = [OURS, *(f"{OURS} without {term}" for term in pairs.TERMS)]
     seeds, requests = range(arguments.first_seed, arguments.first_seed + arguments.seeds), arguments.requests
     if arguments.quick:
         cells, policies = (CELLS[4], CELLS[6]), [OURS, "p_token", "netkv", "round_robin"]
         seeds, requests = range(1), 300
     if arguments.traces is None:
         print("generators stand in for the traces; the synthetic trace has none but conversations", file=sys.stderr)
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         futures = {
             (cell.name, policy, seed): pool.submit(run, cell, policy, seed, requests, arguments.traces)
             for cell in cells
@@ -160,7 +166,8 @@ def main() -> None:
             outcomes = {name: [futures[cell.name, name, seed].result() for seed in seeds] for name in policies}
             if not arguments.json:
                 Console(width=150).print(table(cell, outcomes))
-            emit(verdicts(cell, outcomes), arguments.json)
+            emit((ablations if arguments.ablate else verdicts)(cell, outcomes), arguments.json)
+            sys.stdout.flush()
 
 
 def chosen(names: str | None) -> Sequence[Cell]:
@@ -176,7 +183,8 @@ def run(cell: Cell, policy: str, seed: int, requests: int, traces: Path | None) 
     """One policy on one part of one workload."""
     cluster = cell.cluster()
     recorder = Recorder()
-    simulate(cluster, workload(cell, seed, requests, traces), policy, seed, recorder)
+    route = pairs.without(TERMS[policy]) if policy in TERMS else policy
+    simulate(cluster, workload(cell, seed, requests, traces), route, seed, recorder)
     asked = recorder.requests()
     ttft, second = asked.first_s - asked.begun_s, asked.second_s - asked.first_s
     tpot = (asked.last_s - asked.first_s) / np.maximum(1, asked.output_tokens - 1)
@@ -306,6 +314,15 @@ def verdicts(cell: Cell, outcomes: dict[str, list[Outcome]]) -> Iterator[Row]:
         yield Row(f"{cell.name}: wait for the second token", mean_of(ours, "second_s"), "s", "netkv", wait, 0.7)
         sizes = [sum(dict(run.tier_bytes).get(scarce, 0.0) for run in runs) for runs in (ours, others["netkv"])]
         yield Row(f"{cell.name}: bytes over {scarce}", sizes[0] / 1e9, "GB", "netkv", sizes[1] / 1e9, 0.5)
+
+
+def ablations(cell: Cell, outcomes: dict[str, list[Outcome]]) -> Iterator[Row]:
+    """Prices that lack a term, against the whole price."""
+    for name, runs in outcomes.items():
+        if name != OURS:
+            for what, field, unit in (("mean TTFT", "ttft_s", "s"), ("goodput", "goodput", "requests/s")):
+                whole = mean_of(outcomes[OURS], field)
+                yield Row(f"{cell.name}, {name}: {what}", mean_of(runs, field), unit, OURS, whole)
 
 
 TIERS = ("nvlink", "node", "rack", "pod", "cluster")

@@ -7,7 +7,7 @@ library comes in when somebody scrapes, and the workers' own counters are then r
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -54,6 +54,15 @@ class ModelMetrics:
         self.finished: dict[str, int] = {}  # by reason
 
 
+class QueueMetrics:
+    """Requests on their way through admission: those that wait, how long others did, and those that were shed."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.wait_s = Histogram(REQUEST_S)  # of those that had to wait and were then routed
+        self.shed: dict[str, int] = {}  # by reason
+
+
 class Metrics:
     """Everything one frontend counts."""
 
@@ -61,6 +70,7 @@ class Metrics:
         self.inflight = 0
         self.errors: dict[str, int] = {}  # by code
         self.models: dict[str, ModelMetrics] = {}
+        self.queue = QueueMetrics()
 
     def model(self, name: str) -> ModelMetrics:
         found = self.models.get(name)
@@ -84,11 +94,23 @@ def count(counts: dict[str, int], key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
-def render(metrics: Metrics, standings: Mapping[str, Standing], index: IndexMetrics, loop_delay_p99_s: float) -> bytes:
-    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own."""
+def render(
+    metrics: Metrics,
+    standings: Mapping[str, Standing],
+    stalled: Collection[str],
+    index: IndexMetrics,
+    loop_delay_p99_s: float,
+) -> bytes:
+    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own; workers in `stalled` stand still."""
+    families = (
+        *_of_requests(metrics),
+        *_of_workers(standings),
+        _of_stalls(standings, stalled),
+        *_of_index(index),
+        *_of_loops(standings, loop_delay_p99_s),
+    )
     registry = CollectorRegistry(auto_describe=False)
-    loops = _of_loops(standings, loop_delay_p99_s)
-    registry.register(_Page([*_of_requests(metrics), *_of_workers(standings), *_of_index(index), *loops]))
+    registry.register(_Page([*families]))
     return generate_latest(registry)
 
 
@@ -113,7 +135,7 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
     for name, (attribute, help) in _HISTOGRAMS.items():
         family = HistogramMetricFamily(f"penstock_{name}", help, labels=["model_name"])
         for model, series in metrics.models.items():
-            _add_histogram(family, model, getattr(series, attribute))
+            _add_histogram(family, [model], getattr(series, attribute))
         yield family
     prompt = CounterMetricFamily("penstock_prompt_tokens", "Tokens of prompts", labels=["model_name"])
     output = CounterMetricFamily("penstock_generation_tokens", "Tokens generated", labels=["model_name"])
@@ -135,11 +157,23 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
         errors.add_metric([code], times)
     yield errors
     yield GaugeMetricFamily("penstock_num_requests_inflight", "Requests in this frontend", metrics.inflight)
+    yield from _of_queue(metrics.queue)
 
 
-def _add_histogram(family: HistogramMetricFamily, model: str, histogram: Histogram) -> None:
+def _of_queue(queue: QueueMetrics) -> Iterator[Metric]:
+    yield GaugeMetricFamily("penstock_num_requests_queued", "Requests that wait to be routed", queue.waiting)
+    wait = HistogramMetricFamily("penstock_admission_wait_seconds", "In the queue, of requests that had to wait there")
+    _add_histogram(wait, [], queue.wait_s)
+    yield wait
+    shed = CounterMetricFamily("penstock_requests_shed", "Requests turned away unserved", labels=["reason"])
+    for reason, times in queue.shed.items():
+        shed.add_metric([reason], times)
+    yield shed
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-    family.add_metric([model], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
+    family.add_metric(labels, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
 
 
 _GAUGES = {
@@ -198,6 +232,15 @@ def _of_index(index: IndexMetrics) -> Iterator[Metric]:
     buckets = list(zip(bounds, accumulate(index.lag_s.counts), strict=True))
     help = "From a change of a worker's cache until it was told"
     yield HistogramMetricFamily("penstock_prefix_index_lag_seconds", help, buckets, index.lag_s.sum)
+
+
+def _of_stalls(standings: Mapping[str, Standing], stalled: Collection[str]) -> Metric:
+    still = GaugeMetricFamily(
+        "penstock_worker_stalled", "1 while the worker's engine stands still in a step", labels=_WORKER_LABELS
+    )
+    for name, standing in standings.items():
+        still.add_metric(_labels(standing), float(name in stalled))
+    return still
 
 
 def _of_loops(standings: Mapping[str, Standing], own_p99_s: float) -> Iterator[Metric]:

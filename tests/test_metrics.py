@@ -20,7 +20,7 @@ def test_buckets_are_cumulative_on_the_page() -> None:
     metrics = Metrics()
     for value in (0.001, 0.002, 100.0):
         metrics.model("demo").itl_s.observe(value)
-    page = render(metrics, {}, IndexMetrics(), 0.0).decode()
+    page = render(metrics, {}, (), IndexMetrics(), 0.0).decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     samples = families["penstock_inter_token_latency_seconds"].samples
     buckets = [sample for sample in samples if sample.name.endswith("_bucket")]

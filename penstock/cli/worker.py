@@ -113,6 +113,8 @@ def worker_options(config: WorkerConfig, transports: Sequence[Transport]) -> Wor
         kv_room_bytes=host_room_bytes(),
         pid=os.getpid(),
         domain=config.kv.domain or _domain(config.host, transports),
+        device=config.device,
+        labels=config.labels,
         lend=LendOptions(lease_s=config.kv.lease_s),
         keeps_origins=bool(config.kv_events),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,6 +18,7 @@ from penstock.blocks import BlockId
 from penstock.errors import LeaseLost, PenstockError, WorkerStalled
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
+from penstock.policy.liveness import Patience, Watch, watch
 from penstock.request import Hop, Token
 from penstock.serve.handoff import (
     Alive,
@@ -56,7 +57,7 @@ _decode_nothing = msgspec.msgpack.Decoder(None).decode
 
 @dataclass(frozen=True, slots=True)
 class LendOptions:
-    """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
+    """`lease_s` of silence loses a lease; a prefill worker whose engine tries `patience` is given up.
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
     While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted for copies:
@@ -64,7 +65,7 @@ class LendOptions:
     """
 
     lease_s: float = 5.0
-    stall_s: float = 60.0
+    patience: Patience = field(default_factory=lambda: Patience(idle_s=60.0))
     settle_retry_s: float = 0.5
     kill_after_s: float = 30.0
     incoming_bytes: int = 512 << 20
@@ -89,6 +90,7 @@ class Lender:
         self._stepper = stepper
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
         self.layout = shared.region.layout
+        self._window_blocks = options.incoming_bytes // self.layout.block_bytes
         self._lent: dict[int, Borrowing] = {}
         self.arrivals = Meter()
         stepper.on_starved = self._call_off
@@ -127,7 +129,7 @@ class Lender:
         """
         line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
-        most = self.options.incoming_bytes // self.layout.block_bytes
+        most = self._window_blocks
         part = max(1, most // min(_SIDE_BY_SIDE, max(1, len(line))))
         is_full = self.arrivals.is_at_peak(clock.now())
         for borrowing in line:
@@ -265,6 +267,8 @@ class Reclaimer:
 class Borrowing:
     """One attempt to have a prompt prefilled at `hop`. `on_first` gets the token after it as soon as that is there."""
 
+    _watch: asyncio.TimerHandle  # for silence; set by _watch_from
+
     def __init__(
         self,
         lender: Lender,
@@ -289,8 +293,7 @@ class Borrowing:
         self._lender = lender
         self._on_first = on_first
         self._is_committed = False
-        self._steps = -1
-        self._progress_s = clock.now()
+        self._engine: Watch | None = None  # the prefill worker's
 
     @property
     def granted_blocks(self) -> int:
@@ -308,21 +311,17 @@ class Borrowing:
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
-        while True:
-            try:
-                async with asyncio.timeout(self._lender.options.lease_s):
-                    message = await self.call.receive(decode_from_prefill)
-            except TimeoutError:
-                raise WorkerStalled(
-                    f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"
-                ) from None
-            if message is None:
-                raise LeaseLost(f"{self.hop.worker} dropped the prefill")
-            if isinstance(message, Done):
-                return message
-            if isinstance(message, Begin) and not self._begin(message):
-                return None
-            await self._answer(message)
+        self._watch_from(self.call.heard_s)
+        try:
+            while (message := await self.call.receive(decode_from_prefill)) is not None:
+                if isinstance(message, Done):
+                    return message
+                if isinstance(message, Begin) and not self._begin(message):
+                    return None
+                await self._answer(message)
+            raise LeaseLost(f"{self.hop.worker} dropped the prefill")
+        finally:
+            self._watch.cancel()
 
     def commit(self) -> list[BlockId]:
         """The whole block table, owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
@@ -337,6 +336,17 @@ class Borrowing:
         if not self._is_committed:
             self._lender.give_back(self)
 
+    def _watch_from(self, heard_s: float) -> None:
+        """Looks once that is `lease_s` ago: one timer for all that is said meanwhile."""
+        delay_s = heard_s + self._lender.options.lease_s - clock.now()
+        self._watch = asyncio.get_running_loop().call_later(delay_s, self._check_heard_since, heard_s)
+
+    def _check_heard_since(self, heard_s: float) -> None:
+        if self.call.heard_s > heard_s:
+            self._watch_from(self.call.heard_s)
+        else:
+            self.call.fail(WorkerStalled(f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"))
+
     def _begin(self, message: Begin) -> bool:
         if self.lease is not None:
             raise LeaseLost(f"{self.hop.worker} began the same prefill twice")
@@ -349,7 +359,7 @@ class Borrowing:
     async def _answer(self, message: FromPrefill) -> None:
         match message:
             case Alive():
-                self._note_progress(message.steps)
+                self._note_beat(message)
             case More() if self.lease is not None:
                 self._lender.grow(self, self.lease, message.tokens)
             case Wrote() if self.lease is not None:
@@ -379,6 +389,7 @@ class Borrowing:
         if message.moved > self.moved_blocks:
             self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved
+            self._engine = None  # blocks arrive: it waits for the wire
             self._lender.share_out()
 
     def _release_held(self) -> None:
@@ -386,9 +397,10 @@ class Borrowing:
         if held:
             self._lender.release(held)
 
-    def _note_progress(self, steps: int) -> None:
-        now = clock.now()
-        if steps != self._steps:
-            self._steps, self._progress_s = steps, now
-        elif now - self._progress_s > self._lender.options.stall_s:
-            raise WorkerStalled(f"the engine of {self.hop.worker} made no step for {now - self._progress_s:.0f} s")
+    def _note_beat(self, beat: Alive) -> None:
+        """It lives; raises WorkerStalled if its engine does not."""
+        patience = self._lender.options.patience
+        self._engine = seen = watch(self._engine, clock.now(), beat.steps, beat.step_s, patience)
+        if seen.is_stalled:
+            still = f"made no step for {seen.still_s:.0f} s, of at most {seen.bound_s:.0f} s"
+            raise WorkerStalled(f"the engine of {self.hop.worker} {still}")

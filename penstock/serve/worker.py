@@ -57,6 +57,7 @@ class WorkerOptions:
     pid: int = 0
     domain: str = ""
     device: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     prefill: PrefillOptions = field(default_factory=PrefillOptions)
@@ -120,10 +121,11 @@ class Worker:
 
     def load(self) -> Load:
         """The report that routers read."""
-        stepper, counters = self._stepper, self._decoder.counters
+        stepper, pace, counters = self._stepper, self._stepper.pace, self._decoder.counters
         return Load(
             at_s=clock.now(),
             steps=stepper.steps,
+            step_s=stepper.call_s,
             busy_s=stepper.busy_s,
             waiting=stepper.waiting + self._prefiller.queued,
             running=stepper.running,
@@ -132,9 +134,11 @@ class Worker:
             free_blocks=self._cache.available,
             leased_blocks=self._leases.leased_blocks,
             quarantined_blocks=self._cache.quarantined,
-            prefill_tokens_per_s=stepper.pace.prefill_tokens_per_s,
-            decode_step_s=stepper.pace.decode_step_s,
-            step_prices=stepper.pace.step_prices,
+            prefill_tokens_per_s=pace.prefill_tokens_per_s,
+            decode_step_s=pace.decode_step_s,
+            step_prices=pace.step_prices,
+            computed_tokens=stepper.computed_tokens,
+            prefills=stepper.prefills,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             output_tokens=counters.output_tokens,
@@ -224,6 +228,8 @@ class Worker:
             engine=info.name,
             supports=info.supports,
             kv_events=kv_events.CALL,
+            labels=dict(options.labels),
+            chunk_tokens=options.limits.step_tokens,
         )
 
     def _assemble(self, shared: Shared, endpoint: Endpoint) -> None:
