@@ -275,7 +275,8 @@ class WorkerConfig:
 
     `join` is the HOST:PORT of a frontend's registry, `leases` the folder of a file discovery; `host` is the address
     at which other processes reach this worker; requests may ask for its `labels`. `device` is where its engine is in
-    the routers' topology file, empty if that is not known.
+    the routers' topology file, empty if that is not known. `kv_events` is
+    where other routers hear of its prefix cache, as ENDPOINT or ENDPOINT,replay=ENDPOINT.
     """
 
     name: str
@@ -289,6 +290,7 @@ class WorkerConfig:
     kv: KvSettings
     device: str
     labels: dict[str, str]
+    kv_events: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,7 @@ def worker(
     label: dict[str, str] | None = None,
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
+    kv_events: str = "",
     discovery: str = "",
     log_level: LogLevel = "warning",
 ) -> None:
@@ -175,6 +176,10 @@ def worker(
         What clients call the model; by default the folder's name or the hub id.
     host
         The address at which other processes reach this worker; by default the one that leads to --join.
+    kv_events
+        Also publish what the prefix cache holds over ZMQ, in vLLM's format, for routers other than penstock's: an
+        endpoint of this host, as tcp://127.0.0.1:5557, or with one that repeats events, as
+        tcp://127.0.0.1:5557,replay=tcp://127.0.0.1:5558.
     device
         The device of the server's --topology that this worker computes on, as `penstock topology` names it.
     label
@@ -198,6 +203,7 @@ def worker(
         host=host or sockets.address_towards(join),
         engine=engine,
         kv=kv,
+        kv_events=kv_events,
         device=device,
         labels=label or {},
     )
