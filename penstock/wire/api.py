@@ -6,7 +6,7 @@ scheme names the backend: `memory:NAME`, `tcp:HOST:PORT`, `unix:PATH`, `unix:@NA
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -55,3 +55,22 @@ class Wire(Protocol):
     async def connect(self, address: str, token: str, timeout_s: float = 5.0) -> Connection:
         """Raises Refused (nobody there, wrong token) or ConnectionLost (no answer within `timeout_s`)."""
         ...
+
+
+class EventSource(Protocol):
+    """One engine's KV events, in the format of `kv_events`; used as `async with`. Messages can be lost."""
+
+    async def __aenter__(self) -> EventSource: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+    async def read(self) -> tuple[int, bytes]:
+        """Waits for the next message: its sequence and payload."""
+        ...
+
+    async def replay(self, first: int) -> Sequence[tuple[int, bytes]]:
+        """What the engine still has from message `first` on; nothing if it repeats nothing, or does not answer."""
+        ...
+
+
+Subscribe = Callable[[str, str], EventSource]  # to an engine's endpoint and its replay endpoint, which may be empty
