@@ -72,10 +72,13 @@ def count(counts: dict[str, int], key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
-def render(metrics: Metrics, standings: Mapping[str, Standing], loop_delay_p99_s: float) -> bytes:
-    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own."""
+def render(
+    metrics: Metrics, standings: Mapping[str, Standing], loop_delay_p99_s: float, more: Iterable[Metric] = ()
+) -> bytes:
+    """The page that Prometheus scrapes, `more` at its end. `loop_delay_p99_s` is this process's own."""
+    families = [*_of_requests(metrics), *_of_workers(standings), *_of_loops(standings, loop_delay_p99_s), *more]
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page([*_of_requests(metrics), *_of_workers(standings), *_of_loops(standings, loop_delay_p99_s)]))
+    registry.register(_Page(families))
     return generate_latest(registry)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Protocol
 
 MAX_FRAME_BYTES = 64 << 20
@@ -62,7 +63,9 @@ class EventSource(Protocol):
 
     async def __aenter__(self) -> EventSource: ...
 
-    async def __aexit__(self, *error: object) -> None: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     async def read(self) -> tuple[int, bytes]:
         """Waits for the next message: its sequence and payload."""
