@@ -56,7 +56,7 @@ Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
-Attach = Annotated[AttachSettings, Parameter(name="*", group="Servers")]
+Attach = Annotated[AttachSettings, Parameter(name="*", group="Servers", consume_multiple=True)]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Descriptor = Annotated[int | None, Parameter(show=False)]  # of a socket that `serve` has bound

@@ -38,23 +38,23 @@ def addresses(servers: AttachSettings) -> list[tuple[Address, Role]]:
 
 async def run_router(config: RouterConfig, http: socket.socket, ready: Callable[[Attached], None]) -> None:
     """Takes over a listening socket. `ready` is told once the first server is there. Raises SetupError."""
-    route = plugin.find("policy.routing", config.policy).ROUTING
-    servers = addresses(config.servers)
-    tokenizer = _tokenizer(config.servers.tokenizer)
+    with http:
+        route = plugin.find("policy.routing", config.policy).ROUTING
+        servers = addresses(config.servers)
+        tokenizer = _tokenizer(config.servers.tokenizer)
+        async with Upstream(config.upstream_key) as upstream:
+            prompts = Prompts(tokenizer, upstream)
+            attached = Attached(servers, upstream, ZmqEvents, prompts.tokenizes)
+            options = ProxyOptions(api_key=config.api_key)
+            await _serve(attached, Proxy(attached, upstream, prompts, route, clock.chance(), options), http, ready)
+
+
+async def _serve(attached: Attached, proxy: Proxy, http: socket.socket, ready: Callable[[Attached], None]) -> None:
     leave = process.stop_requested()
-    rng = clock.chance()
-    async with Upstream(config.upstream_key) as upstream:
-        prompts = Prompts(tokenizer, upstream)
-        options = ProxyOptions(api_key=config.api_key)
-        async with (
-            Attached(servers, upstream, ZmqEvents, prompts.tokenizes) as attached,
-            Proxy(attached, upstream, prompts, route, rng, options) as proxy,
-            serve_http(proxy, http, process.grace_s),
-            asyncio.TaskGroup() as group,
-        ):
-            announcing = group.create_task(_announce(attached, ready))
-            await leave.wait()
-            announcing.cancel()
+    async with attached, proxy, serve_http(proxy, http, process.grace_s), asyncio.TaskGroup() as group:
+        announcing = group.create_task(_announce(attached, ready))
+        await leave.wait()
+        announcing.cancel()
 
 
 async def _announce(attached: Attached, ready: Callable[[Attached], None]) -> None:

@@ -170,6 +170,10 @@ class Server:
         )
         self.standing = Standing(member, reading.load if reading else Load())
 
+    def leave(self) -> None:
+        """It is gone, and what it held with it."""
+        self.standing, self.indexed_blocks = None, 0
+
     def report(self, reading: Reading) -> bool:
         """Its load as it is now; false if its counters went back, so that this is another incarnation."""
         assert self.standing is not None
@@ -298,19 +302,23 @@ class Attached:
     # One task for each server
 
     async def _attend(self, server: Server) -> None:
+        complaint: str | None = None
         while True:
             try:
                 async with asyncio.timeout(LOOK_S):
                     about = await self._ask_about(server.address)
                     reading = await self._look(server)
             except (WorkerError, TimeoutError, msgspec.MsgspecError) as error:
-                log.info("%s is not ready: %s", server.name, error)
+                if str(error) != complaint:
+                    complaint = str(error)
+                    log.warning("%s is not there: %s", server.name, complaint or f"no answer within {LOOK_S:g} s")
             else:
+                complaint = None
                 server.come(about, reading)
                 self._update()
                 log.info("%s serves %s", server.name, ", ".join(about.models))
                 await self._keep(server)
-                server.standing = None
+                server.leave()
                 self._update()
             await server.wait_look()
 

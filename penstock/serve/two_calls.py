@@ -45,7 +45,8 @@ def vllm_decode(body: Body, answer: bytes) -> Body:
         raise WorkerError(f"the prefill server's answer is no JSON object: {error}") from error
     if not params:
         raise WorkerError(
-            "the prefill server's answer has no kv_transfer_params: does it run with NixlConnector (--kv-transfer-config)?"
+            "the prefill server's answer has no kv_transfer_params; start it with a --kv-transfer-config that names "
+            "NixlConnector"
         )
     return {**body, "kv_transfer_params": params}
 

@@ -25,19 +25,25 @@ class ZmqEvents:
     def __init__(self, endpoint: str, replay: str = "") -> None:
         self._endpoint = endpoint
         self._replay = replay
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.asyncio.Context | None = None
         self._events: zmq.asyncio.Socket | None = None
 
     async def __aenter__(self) -> ZmqEvents:
         """Raises SetupError for an endpoint that ZMQ does not understand. Nobody need be there yet."""
-        self._events = self._connect(zmq.SUB, self._endpoint)
+        self._context = zmq.asyncio.Context()
+        try:
+            self._events = self._connect(zmq.SUB, self._endpoint)
+        except SetupError:
+            self._context.destroy()
+            raise
         self._events.subscribe(b"")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._context.destroy(linger=0)
+        if self._context is not None:
+            self._context.destroy(linger=0)
 
     async def read(self) -> tuple[int, bytes]:
         """The next message: its sequence and payload. A publisher that comes back is connected to again."""
@@ -61,6 +67,7 @@ class ZmqEvents:
         return found
 
     def _connect(self, kind: int, endpoint: str) -> zmq.asyncio.Socket:
+        assert self._context is not None, "used outside of `async with`"
         socket = self._context.socket(kind)
         socket.linger = 0
         socket.rcvhwm = BACKLOG

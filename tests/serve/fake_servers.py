@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
@@ -86,7 +86,7 @@ class Publisher:
 
 @dataclass
 class FakeServer:
-    """An application. A prompt that it answers is cached, and told of, in blocks of `BLOCK` tokens: bytes of the text."""
+    """An application. A prompt that it answers is cached, and told of, in blocks of `BLOCK` tokens: bytes of text."""
 
     kind: str = "vllm"
     answer: Answer = field(default_factory=Answer)
@@ -241,14 +241,20 @@ async def up(server: FakeServer) -> AsyncIterator[None]:
     """It serves, at the same port as before if there was one."""
     here = listener(server.port)
     server.port = here.getsockname()[1]
-    repeating = asyncio.create_task(server.publisher.repeat()) if server.publisher else None
+    told = nullcontext() if server.publisher is None else repeating(server.publisher)
+    async with told, serve_http(server, here, lambda: 0.0):
+        yield
+
+
+@asynccontextmanager
+async def repeating(publisher: Publisher) -> AsyncIterator[None]:
+    """It answers replays."""
+    task = asyncio.create_task(publisher.repeat())
     try:
-        async with serve_http(server, here, lambda: 0.0):
-            yield
+        yield
     finally:
-        if repeating is not None:
-            repeating.cancel()
-            await asyncio.wait([repeating])
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @asynccontextmanager
