@@ -24,7 +24,7 @@ from penstock.blocks import KvLayout
 from penstock.clock import now
 from penstock.cluster import Load, Member, Role, Standing
 from penstock.errors import NoWorker, SetupError, UnknownModel, WireError, WorkerError
-from penstock.policy.kv_feed import Change, FeedCounts, KvFeed, apply
+from penstock.policy.kv_feed import Change, FeedCounts, KvFeed, Message, apply
 from penstock.policy.prefix_index import PrefixIndex
 from penstock.policy.prefixes import GRAIN_TOKENS, incarnation
 from penstock.policy.routing.roster import Roster
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 LOOK_S = 5.0  # for one look at a server
 FAILURES = 3
+PIECE = 64  # messages of a replay
 QUIET_S = 5.0  # after so long without a KV event the engine is asked whether there was one
 AVOID_S = 5.0  # a server that failed a request gets another one only if nobody else can
 ASSUMED_CACHE_TOKENS = 1 << 18  # of a server that does not say how large its cache is
@@ -435,16 +436,25 @@ class Attached:
     async def _follow_source(self, server: Server, source: EventSource) -> None:
         feed = KvFeed()
         server.counts = feed.counts
-        self._apply(server, feed, feed.fill(await source.replay(0)))
+        await self._fill(server, feed, await source.replay(0))
         while True:
             try:
                 async with asyncio.timeout(QUIET_S):
-                    changes = feed.take(*await source.read())
+                    message = await source.read()
             except TimeoutError:  # was the last message lost, or one from before the subscription reached the engine?
-                changes = feed.fill(await source.replay(feed.expected))
+                await self._fill(server, feed, await source.replay(feed.expected))
+                continue
+            self._apply(server, feed, feed.take(*message))
             if feed.missing is not None:
-                changes += feed.fill(await source.replay(feed.missing))
-            self._apply(server, feed, changes)
+                await self._fill(server, feed, await source.replay(feed.missing))
+
+    async def _fill(self, server: Server, feed: KvFeed, replayed: Sequence[Message]) -> None:
+        """Takes a replay, which can be long, in pieces: requests go on meanwhile."""
+        for start in range(0, len(replayed), PIECE):
+            for message in replayed[start : start + PIECE]:
+                self._apply(server, feed, feed.take(*message))
+            await asyncio.sleep(0)
+        self._apply(server, feed, feed.fill(()))
 
     def _apply(self, server: Server, feed: KvFeed, changes: Sequence[Change]) -> None:
         assert server.standing is not None

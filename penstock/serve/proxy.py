@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from random import Random
 
 import msgspec
@@ -41,8 +41,8 @@ from penstock.errors import (
     WorkerDraining,
     WorkerError,
 )
-from penstock.policy.kv_feed import FeedCounts, salt_of
-from penstock.policy.routing.api import Ask, Choice, Fleet, Route, handing_over
+from penstock.policy.kv_feed import salt_of
+from penstock.policy.routing.api import Ask, Choice, Route, handing_over
 from penstock.policy.routing.roster import Roster
 from penstock.request import Request, Sampling
 from penstock.serve import openai, two_calls
@@ -85,7 +85,8 @@ class _Passage:
     roster: Roster
     arrived_s: float
     tried: dict[str, int]  # servers that failed it, or were full
-    prefill: str = ""
+    prefill: str = ""  # the server that prefilled
+    blamed: str = ""  # the server that failed the last attempt, if not the one that should have answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,41 +270,49 @@ class Proxy:
             except WorkerError as error:
                 log.warning("request %s: %s", passage.exchange.name, error)
                 metrics.count(self.metrics.errors, error.code or "worker_error")
-                self._attached.avoid(decode.name)
+                self._attached.avoid(passage.blamed or decode.name)
                 if passage.exchange.is_started:
                     raise
                 failure = error
             finally:
                 passage.roster.release(passage.request.id, now())
-            passage.tried[decode.name] = passage.tried.get(decode.name, 0) + 1
+            passage.tried[passage.blamed or decode.name] = 1
 
     def _choose(self, passage: _Passage) -> tuple[Server, list[Server]]:
         """Who answers and who may prefill for it, best first; books. Raises NoWorker."""
         roster, request = passage.roster, passage.request
-        fleet = roster.fleet(passage.tried, self._attached.avoided())
+        roster.fleet(passage.tried)  # raises NoWorker if nobody is left
         ask, found = roster.ask(request)
-        choice = self._decide(ask, fleet)
+        choice = self._decide(passage, ask)
         if roster.corrects(ask, found, choice):
-            choice = self._decide(ask, fleet)
+            choice = self._decide(passage, ask)
         roster.book(request.id, ask, found, choice)
         log.debug("request %s: %s", passage.exchange.name, choice.why)
         servers = self._attached.servers
         return servers[choice.decode], [servers[name] for name in choice.prefill]
 
-    def _decide(self, ask: Ask, fleet: Fleet) -> Choice:
+    def _decide(self, passage: _Passage, ask: Ask) -> Choice:
+        """Raises NoWorker."""
+        fleet = passage.roster.fleet(passage.tried, self._attached.avoided())
         choice = self._policy(now(), ask, fleet, self._rng)
-        decode = self._attached.servers[choice.decode]
-        if decode.about.kind != "sglang" or decode.role == "any" or choice.prefill:
+        if self._can_serve(choice):
             return choice
-        # A decode server of SGLang cannot prefill, nor the other way round.
+        fleet = passage.roster.fleet(passage.tried)
         choice = handing_over("sglang", fleet, fleet.queued_tokens + ask.uncached_tokens, fleet.streams, self._rng)
-        if not choice.prefill:
+        if not self._can_serve(choice):
             raise NoWorker("SGLang needs a prefill server and a decode server, and there are none of one kind")
         return choice
 
+    def _can_serve(self, choice: Choice) -> bool:
+        """False for what only SGLang cannot: its decode servers do not prefill, nor its prefill servers decode."""
+        decode, *prefill = (self._attached.servers[name] for name in (choice.decode, *choice.prefill[:1]))
+        if decode.about.kind != "sglang" or decode.role == "any":
+            return True
+        return decode.role == "decode" and any(server.role == "prefill" for server in prefill)
+
     async def _ask(self, passage: _Passage, decode: Server, prefill: list[Server]) -> _Refusal | None:
         """Has the request answered; returns what a full server said instead. Raises WorkerError."""
-        passage.prefill = ""
+        passage.prefill = passage.blamed = ""
         if passage.exchange.path == EMBEDDINGS or not prefill:
             return await self._relay(passage, decode, passage.body)
         body: two_calls.Body = msgspec.json.decode(passage.body)
@@ -346,11 +355,11 @@ class Proxy:
     async def _prefill_beside(self, passage: _Passage, server: Server, asked: bytes) -> None:
         try:
             status, _ = await self._upstream.fetch(*self._call(passage, server, asked))
+            if status != 200:
+                raise WorkerError(f"{server.name} answers {status} to a prefill")
         except WorkerError:
-            self._attached.avoid(server.name)
+            passage.blamed = server.name
             raise
-        if status != 200:
-            raise WorkerError(f"{server.name} answers {status} to a prefill")
 
     async def _relay(self, passage: _Passage, server: Server, body: bytes) -> _Refusal | None:
         """The server's answer as it is. Raises WorkerError."""
@@ -488,8 +497,8 @@ class Proxy:
             up.add_metric([name], server.standing is not None)
             blocks.add_metric([name], server.indexed_blocks)
             answers.add_metric([name], self._answers.get(name, 0))
-            for fate in FeedCounts.__slots__:
-                events.add_metric([name, fate], getattr(server.counts, fate))
+            for fate, times in asdict(server.counts).items():
+                events.add_metric([name, fate], times)
         yield from (up, blocks, answers, events)
 
 

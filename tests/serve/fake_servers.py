@@ -96,7 +96,9 @@ class FakeServer:
     adapters: tuple[str, ...] = ()
     calls: list[Call] = field(default_factory=list)
     held: dict[bytes, int] = field(default_factory=dict)
+    called: asyncio.Event = field(default_factory=asyncio.Event)
     hung_up: asyncio.Event = field(default_factory=asyncio.Event)
+    waits_for: asyncio.Event | None = None  # before it answers
     transfer: dict[str, object] | None = None  # what it answers to a prefill, besides
     prompt_tokens: int = 0
     port: int = 0
@@ -121,10 +123,22 @@ class FakeServer:
             headers = {name.decode(): value.decode() for name, value in scope["headers"]}
             call = Call(path, headers, msgspec.json.decode(body))
             self.calls.append(call)
+            self.called.set()
+            if self.waits_for is not None and not await self._wait(self.waits_for, receive):
+                return
             await self._complete(call, scope, receive, send)
             return
         status, answer = self._tell(path, body)
         await _send_whole(send, Answer((answer,), b"application/json", status))
+
+    async def _wait(self, event: asyncio.Event, receive: Receive) -> bool:
+        """False if the client leaves before."""
+        tasks = [asyncio.create_task(event.wait()), asyncio.create_task(receive())]  # type: ignore[arg-type]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return event.is_set()
 
     async def drain(self, grace_s: float) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -415,11 +416,40 @@ def test_sglang_gets_one_room_at_both() -> None:
 def test_if_sglangs_prefill_fails_so_does_the_request() -> None:
     async def main() -> None:
         prefill = FakeServer(kind="sglang", answer=Answer((b"{}",), b"application/json", 500))
-        decode = FakeServer(kind="sglang", answer=Answer((b"wait",)))
+        decode = FakeServer(kind="sglang", waits_for=prefill.hung_up)
         async with front([prefill, decode], ["prefill", "decode"]) as here:
             response = await here.complete("x", stream=True)
-            assert response.status_code == 502 or b"error" in response.content
-            await decode.hung_up.wait()
+            assert response.status_code == 502
+            assert "answers 500 to a prefill" in response.text
+
+    run(main())
+
+
+def test_another_of_sglangs_prefill_servers_is_tried() -> None:
+    async def main() -> None:
+        dying = FakeServer(kind="sglang", answer=Answer(dies_after=0))
+        sound = FakeServer(kind="sglang")
+        decode = FakeServer(kind="sglang", waits_for=sound.called)
+        async with front([dying, sound, decode], ["prefill", "prefill", "decode"]) as here:
+            here.attached.avoid(sound.name)
+            response = await here.complete("x", stream=True)
+            assert response.content == b"".join(decode.answer.parts)
+            assert response.headers["x-penstock-prefill"] == sound.name
+            assert (len(dying.calls), len(sound.calls)) == (1, 1)
+
+    run(main())
+
+
+def test_without_a_pair_sglang_cannot_serve() -> None:
+    async def main() -> None:
+        dying = FakeServer(kind="sglang", answer=Answer(dies_after=0))
+        decode = FakeServer(kind="sglang", waits_for=asyncio.Event())
+        async with front([dying, decode], ["prefill", "decode"]) as here:
+            assert (await here.complete("x", stream=True)).status_code == 502
+            await here.attached.wait_change()  # it was looked at, and nobody is connecting while it closes
+            await here.switches[0].off()
+            await here.wait(lambda: len(here.attached.standings()) == 1)
+            assert (await here.complete("x")).status_code == 503
 
     run(main())
 
