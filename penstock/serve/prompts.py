@@ -25,7 +25,6 @@ class Wanted(msgspec.Struct, frozen=True):
     """What routing reads of a request's body; the rest is between the client and the server."""
 
     model: str = ""
-    stream: bool | None = None
     prompt: str | list[int | str | list[int]] | None = None
     messages: msgspec.Raw = ABSENT
     tools: msgspec.Raw = ABSENT
@@ -42,7 +41,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
 class _Message(msgspec.Struct, frozen=True):
     role: str
-    content: str | list[dict[str, str]]
+    content: str | list[dict[str, object]]
 
 
 _read_wanted = msgspec.json.Decoder(Wanted).decode
@@ -78,20 +77,29 @@ class Prompts:
     async def tokens(self, wanted: Wanted, limit: int, url: str | None) -> bytes:
         """The prompt, packed; at least one token. `url` is a server that tokenizes for this model, if there is one.
 
-        What cannot be tokenized here, a prompt with pictures say, is taken as text: a guess costs a worse choice.
+        What nobody can tokenize, a prompt with sounds say, is taken as text: a guess costs a worse choice.
         """
         given = _first(wanted.prompt)
-        found: list[int] = []
         try:
-            if isinstance(given, list):
-                found = given
-            elif self._tokenizer is not None:
-                found = _encode(self._tokenizer, wanted, given, limit)
-            elif url is not None and (given or bytes(wanted.messages)):
+            found = given if isinstance(given, list) else self._encode(wanted, given, limit)
+            if not found and url is not None and (given or bytes(wanted.messages)):
                 found = await self._ask(url, wanted, given)
             return pack(found) if found else _as_text(wanted, given)
         except (PenstockError, msgspec.MsgspecError, OverflowError):
             return _as_text(wanted, given)
+
+    def _encode(self, wanted: Wanted, given: str | None, limit: int) -> list[int]:
+        """Nothing if this is not for the router's tokenizer, or it has none. Raises PenstockError or MsgspecError."""
+        if self._tokenizer is None:
+            return []
+        if given is not None:
+            return self._tokenizer.encode_text(given, limit)
+        if not bytes(wanted.messages) or bytes(wanted.tools) or bytes(wanted.chat_template_kwargs):
+            return []
+        messages = _read_messages(wanted.messages)
+        if not all(map(_is_text, messages)):
+            return []
+        return self._tokenizer.encode_chat([{"role": one.role, "content": _text_of(one)} for one in messages], limit)
 
     async def _ask(self, url: str, wanted: Wanted, given: str | list[int] | None) -> list[int]:
         raw = {
@@ -116,23 +124,14 @@ def _first(prompt: str | Sequence[int | str | list[int]] | None) -> str | list[i
     return [token for token in prompt if isinstance(token, int)]
 
 
-def _encode(tokenizer: Tokenizer, wanted: Wanted, given: str | list[int] | None, limit: int) -> list[int]:
-    """Raises PenstockError or MsgspecError for what this tokenizer or its template does not take."""
-    if isinstance(given, str):
-        return tokenizer.encode_text(given, limit)
-    if not bytes(wanted.messages) or bytes(wanted.tools) or bytes(wanted.chat_template_kwargs):
-        return []
-    messages = [
-        {"role": one.role, "content": one.content if isinstance(one.content, str) else _joined(one.content)}
-        for one in _read_messages(wanted.messages)
-    ]
-    return tokenizer.encode_chat(messages, limit)
+def _is_text(message: _Message) -> bool:
+    return isinstance(message.content, str) or all(part.get("type") == "text" for part in message.content)
 
 
-def _joined(parts: Sequence[dict[str, str]]) -> str:
-    if any(part.get("type") != "text" for part in parts):
-        raise BadRequest("only text can be tokenized here", "messages")
-    return "\n".join(part.get("text", "") for part in parts)
+def _text_of(message: _Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(str(part.get("text", "")) for part in message.content)
 
 
 def _as_text(wanted: Wanted, given: str | list[int] | None) -> bytes:

@@ -10,6 +10,7 @@ from penstock.serve.prompts import Prompts, read_wanted
 from penstock.serve.text import ChatTemplate, Tokenizer
 from penstock.serve.upstream import Upstream
 from penstock.tokens import unpack
+from tests.serve.fake_servers import FakeServer, up
 from tests.serve.tokenizers_made import byte_level
 from tests.support import run
 
@@ -70,3 +71,14 @@ def test_without_a_tokenizer_equal_beginnings_of_text_are_equal() -> None:
 def test_what_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest):
         read_wanted(body)
+
+
+def test_what_the_router_cannot_tokenize_a_server_may() -> None:
+    async def main() -> None:
+        server = FakeServer()
+        async with up(server), Upstream() as upstream:
+            prompts = Prompts(Tokenizer(byte_level(), ChatTemplate(TEMPLATE, {}), "m"), upstream)
+            wanted = read_wanted(msgspec.json.encode(asked("water", tools=TOOLS)))
+            assert bytes(list(unpack(await prompts.tokens(wanted, 4096, server.url)))) == b"<user>water"
+
+    run(main())
