@@ -407,7 +407,7 @@ class Attached:
             return None
         try:
             return read_metrics(page.decode(errors="replace"), address.rank, now())
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # no page of metrics, or numbers that are none
             log.debug("%s/metrics cannot be read: %s", address.name, error)
             return None
 

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import aiohttp
 from yarl import URL
 
-from penstock.errors import BodyTooLarge, WorkerLost
+from penstock.errors import WorkerError, WorkerLost
 
 IDLE_S = 3.0  # less than the 5 s after which uvicorn, which vLLM and SGLang run on, closes a silent connection
 CONNECT_S = 5.0
@@ -60,12 +60,12 @@ class Reply:
         ]
 
     async def read(self) -> bytes:
-        """The whole body. Raises WorkerLost if it ends early, BodyTooLarge over ANSWER_BYTES."""
+        """The whole body. Raises WorkerLost if it ends early, WorkerError over ANSWER_BYTES."""
         parts, size = [], 0
         async for part in self.chunks():
             size += len(part)
             if size > ANSWER_BYTES:
-                raise BodyTooLarge(f"the answer of {self._server} is over {ANSWER_BYTES >> 20} MiB")
+                raise WorkerError(f"the answer of {self._server} is over {ANSWER_BYTES >> 20} MiB")
             parts.append(part)
         return b"".join(parts)
 

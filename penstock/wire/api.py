@@ -68,7 +68,7 @@ class EventSource(Protocol):
     ) -> None: ...
 
     async def read(self) -> tuple[int, bytes]:
-        """Waits for the next message: its sequence and payload."""
+        """Waits for the next message: its sequence and payload. Raises WireError for what is none."""
         ...
 
     async def replay(self, first: int) -> Sequence[tuple[int, bytes]]:

@@ -46,13 +46,18 @@ class ZmqEvents:
             self._context.destroy(linger=0)
 
     async def read(self) -> tuple[int, bytes]:
-        """The next message: its sequence and payload. A publisher that comes back is connected to again."""
+        """The next message: its sequence and payload. A publisher that comes back is connected to again.
+
+        Raises WireError for a message of another kind.
+        """
         assert self._events is not None, "used outside of `async with`"
-        *_, sequence, payload = await self._events.recv_multipart()
-        return int.from_bytes(sequence, "big"), payload
+        return _numbered(await self._events.recv_multipart())
 
     async def replay(self, first: int) -> list[tuple[int, bytes]]:
-        """What the engine still has from message `first` on; nothing where it repeats nothing, or does not answer."""
+        """What the engine still has from message `first` on; nothing where it repeats nothing, or does not answer.
+
+        Raises WireError for an answer of another kind.
+        """
         if not self._replay:
             return []
         found: list[tuple[int, bytes]] = []
@@ -81,5 +86,5 @@ class ZmqEvents:
 
 def _numbered(frames: list[bytes]) -> tuple[int, bytes]:
     if len(frames) < 2:
-        raise WireError(f"an answer of {len(frames)} frames came from a replay socket; is that address one?")
+        raise WireError(f"a message of {len(frames)} frames is none of KV events; is that address theirs?")
     return int.from_bytes(frames[-2], "big", signed=True), frames[-1]
