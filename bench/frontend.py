@@ -1,7 +1,8 @@
-"""What the frontend process costs: CPU per streamed token and per request, with the simulated engine in another.
+"""What the frontend process costs: CPU per streamed token and per request, with the simulated engine in others.
 
-Real HTTP, one event per token. The frontend has a core for itself where there are two; the engine and the load
-generator share another. CPU is user and system time of the frontend process, read from /proc.
+Real HTTP, one event per token. The frontend has a core for itself where there are two; the engines and the load
+generator share another. CPU is user and system time of the frontend process, read from /proc. What KV-aware routing
+costs is the difference between the policies of one case, which take turns; prompts come again, and are cached.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -42,22 +42,33 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A load, and what is asked about it."""
+    """A load, and what is asked about it of each policy. The others are compared with the first."""
 
     name: str
     step_s: float  # of the simulated engine
     connections: int
     prompt_tokens: int
     tokens: int
-    rows: tuple[tuple[str, str, float], ...]  # what is measured, its unit, the aim
+    what: str  # is measured
+    unit: str
+    aims: Mapping[str, float]  # by policy
+    workers: int = 1
 
 
 CASES = (
-    Case("256 streams, a step every 6 ms", 0.006, 256, 128, 128, (("CPU per token", "us", 25.0),)),
-    Case("32 streams, as fast as it goes", 0.0, 32, 128, 128, (("CPU per token", "us", 15.0),)),
-    Case("128 tokens in, 1 out", 0.0, 32, 128, 1, (("CPU per request", "ms", 0.5),)),
-    Case("4,000 tokens in, 16 out", 0.0, 16, 4000, 16, (("CPU per request", "ms", 0.93),)),
-    Case("one client, 128 in, 2 out", 0.0, 1, 128, 2, (("time to first token", "ms", 2.0),)),
+    Case("256 streams, a step every 6 ms", 0.006, 256, 128, 128, "CPU per token", "us", {"pairs": 25.0}),
+    Case("32 streams, as fast as it goes", 0.0, 32, 128, 128, "CPU per token", "us", {"pairs": 15.0}),
+    Case(
+        *("128 tokens in, 1 out", 0.0, 32, 128, 1, "CPU per request", "ms"),
+        {"round_robin": 0.51, "p_token": 0.67, "pairs": 0.67},
+        workers=2,
+    ),
+    Case(
+        *("4,000 tokens in, 16 out", 0.0, 16, 4000, 16, "CPU per request", "ms"),
+        {"round_robin": 0.93, "pairs": 0.93},
+        workers=2,
+    ),
+    Case("one client, 128 in, 2 out", 0.0, 1, 128, 2, "time to first token", "ms", {"pairs": 2.0}),
 )
 
 
@@ -66,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--quick", action="store_true", help="one short round")
     arguments = parser.parse_args()
-    rounds, seconds = (1, 3.0) if arguments.quick else (3, 8.0)
+    rounds, seconds = (1, 2.5) if arguments.quick else (3, 8.0)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[1:] or cores)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,18 +107,24 @@ def make_model(folder: Path) -> list[str]:
 
 def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds: float, core: int) -> Iterator[Row]:
     """Medians over rounds, each with processes of its own."""
-    samples = [one_round(folder, words, case, Random(seed), seconds, core) for seed in range(rounds)]
-    for what, unit, aim in case.rows:
-        yield Row(f"{what}: {case.name}", statistics.median(sample[what] for sample in samples), unit, aim=aim)
+    samples: dict[str, list[float]] = {policy: [] for policy in case.aims}
+    for seed in range(rounds):
+        for policy, values in samples.items():
+            values.append(one_round(folder, words, case, policy, Random(seed), seconds, core)[case.what])
+    first, *_ = case.aims
+    for policy, aim in case.aims.items():
+        reference = (None, None) if policy == first else (first, statistics.median(samples[first]))
+        name = f"{case.what}: {case.name}" + (f", {policy}" if len(case.aims) > 1 else "")
+        yield Row(name, statistics.median(samples[policy]), case.unit, *reference, aim, aim_is_for_value=True)
 
 
 def one_round(
-    folder: Path, words: Sequence[str], case: Case, rng: Random, seconds: float, core: int
+    folder: Path, words: Sequence[str], case: Case, policy: str, rng: Random, seconds: float, core: int
 ) -> dict[str, float]:
     prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(PROMPTS)]
     requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
     cpu_s: list[float] = []
-    with serving(folder, case, core) as (address, frontend):
+    with serving(folder, case, policy, core) as (address, frontend):
         totals = generate_load(
             address, requests, case.connections, 1.0, seconds, lambda: cpu_s.append(cpu_of(frontend))
         )
@@ -125,20 +142,21 @@ def results(totals: Totals, cpu_s: float, case: Case) -> dict[str, float]:
 
 
 @contextmanager
-def serving(folder: Path, case: Case, core: int) -> Iterator[tuple[tuple[str, int], int]]:
-    """Starts a frontend on `core` and a worker; yields the frontend's address and process id."""
+def serving(folder: Path, case: Case, policy: str, core: int) -> Iterator[tuple[tuple[str, int], int]]:
+    """Starts a frontend on `core` and workers; yields the frontend's address and process id."""
     port, join_port = free_port(), free_port()
     options = {"vocab_size": VOCABULARY, "first_token": len(SPECIAL), "step_s": case.step_s}
     options |= {"prefill_token_s": 0, "decode_sequence_s": 0}
     flags = [f"--engine-option.{name}={value}" for name, value in options.items()]
     token = secrets.token_hex(8)
-    with (
-        running("frontend", folder, token, f"--port={port}", f"--join-port={join_port}") as frontend,
-        running("worker", folder, token, f"--join=127.0.0.1:{join_port}", "--engine=simulated", *flags),
-    ):
-        os.sched_setaffinity(frontend, {core})
-        wait_ready(port)
-        yield ("127.0.0.1", port), frontend
+    frontend = ("frontend", folder, token, f"--port={port}", f"--join-port={join_port}", f"--policy={policy}")
+    with running(*frontend) as process, ExitStack() as workers:
+        for _ in range(case.workers):
+            join = f"--join=127.0.0.1:{join_port}"
+            workers.enter_context(running("worker", folder, token, join, "--engine=simulated", *flags))
+        os.sched_setaffinity(process, {core})
+        wait_ready(port, case.workers)
+        yield ("127.0.0.1", port), process
 
 
 @contextmanager
@@ -155,16 +173,21 @@ def running(command: str, folder: Path | None, token: str, *flags: str) -> Itera
             process.terminate()
 
 
-def wait_ready(port: int, timeout_s: float = 20.0) -> None:
+def wait_ready(port: int, workers: int, timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            if time.monotonic() > until:
-                raise SystemExit(f"no worker joined within {timeout_s:.0f} s") from None
-            time.sleep(0.05)
+    while joined(port) < workers:
+        if time.monotonic() > until:
+            raise SystemExit(f"{workers} workers did not join within {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
+def joined(port: int) -> int:
+    """Workers that the frontend knows; none while it is not there, or not ready."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as page:
+            return len(json.load(page)["workers"])
+    except OSError:  # refused, reset, too slow, or a status that says not yet
+        return 0
 
 
 def free_port() -> int:

@@ -25,7 +25,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker's own report. Counters grow from its start; `at_s` is its own clock, good for intervals only."""
 
     at_s: float = 0.0
-    steps: int = 0  # progress: a worker that has work and whose steps stand still is stalled
+    steps: int = 0  # progress: an engine that computes and whose steps stand still is stalled
+    step_s: float = 0.0  # what the engine's call in progress should take, all steps of it together; 0: there is none
     busy_s: float = 0.0  # in these steps
     waiting: int = 0  # sequences queued for blocks, and prefills for others until they are done
     running: int = 0  # sequences that hold blocks here: being prefilled here, or decoding
@@ -37,6 +38,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_tokens_per_s: float = 0.0  # 0: not measured yet
     decode_step_s: float = 0.0
     step_prices: StepPrices | None = None
+    computed_tokens: int = 0  # of prompts, by this engine, for whomever
+    prefills: int = 0  # prompts whose last token was among them
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -70,7 +73,9 @@ class Member(msgspec.Struct, frozen=True, omit_defaults=True):
     pid: int = 0
     engine: str = ""
     supports: tuple[str, ...] = ()  # optional request features, see engine.api.FEATURES
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = {}  # such as its zone or rack: requests may require or prefer them
+    adapters: tuple[str, ...] = ()  # that it has loaded beside the model
+    chunk_tokens: int = 0  # of a prompt that it computes in one step, at most; 0: whole prompts
     kv_events: str = ""
     kv_replay: str = ""  # the ZMQ endpoint that repeats events, if there is one
 
@@ -93,3 +98,4 @@ class ModelCard(msgspec.Struct, frozen=True):
     name: str
     max_context_tokens: int  # prompt and output share it; the least of the workers that serve the model
     supports: tuple[str, ...] = ()
+    base: str = ""  # of an adapter: the model that it adapts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -130,6 +130,61 @@ class ListenSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """What requests are admitted for, and who shares the server."""
+
+    ttft_slo: float | None = None
+    """Seconds to the first token that are promised: requests that no worker could serve in time wait in a queue that is
+    fair to tenants, and are refused where even that will not do; by default all go straight to the workers."""
+
+    ttft_patience: float = 1.0
+    """How many times --ttft-slo a request may be expected to take before it is refused."""
+
+    max_queued: int = 256
+    """Requests that may wait for their turn. Beyond it whose tenant has most there gets a 429, who is alone a 503."""
+
+    affinity_s: float = 0.25
+    """Seconds by which a worker that is preferred, or had the request's session last, may be the slower one."""
+
+    tenants: Path | None = None
+    """Who shares the server, as a JSON file: {"NAME": {"key": "API KEY", "weight": 2}, ...}."""
+
+    def __post_init__(self) -> None:
+        if self.ttft_slo is not None and not self.ttft_slo > 0:
+            raise SetupError(f"--ttft-slo {self.ttft_slo:g} cannot be kept: give seconds above 0")
+        if not self.ttft_patience >= 1:
+            raise SetupError(
+                f"--ttft-patience {self.ttft_patience:g} would refuse what is served in time: give 1 or more"
+            )
+        if self.max_queued < 0 or not self.affinity_s >= 0:
+            raise SetupError("--max-queued and --affinity-s cannot be negative")
+
+
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who shares the server. Without a key its requests are those of others that say so in a header."""
+
+    key: Annotated[str, msgspec.Meta(min_length=8)] | None = None
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+
+    def __repr__(self) -> str:
+        return f"Tenant(weight={self.weight})"
+
+
+def read_tenants(path: Path | None) -> dict[str, Tenant]:
+    """Of such a file, by name. Raises SetupError for one that cannot be read, and for a key that two have."""
+    if path is None:
+        return {}
+    try:
+        tenants = msgspec.json.decode(path.read_bytes(), type=dict[str, Tenant])
+    except (OSError, msgspec.DecodeError) as error:
+        raise SetupError(f"--tenants {path} cannot be read: {error}") from error
+    keys = [tenant.key for tenant in tenants.values() if tenant.key is not None]
+    if len(set(keys)) < len(keys):
+        raise SetupError(f"--tenants {path}: two tenants have the same key, so their requests could not be told apart")
+    return tenants
+
+
+@dataclass(frozen=True, slots=True)
 class SimulationSettings:
     """What is simulated: every policy at every rate with every split."""
 
@@ -197,7 +252,7 @@ class Secrets:
 class ServeConfig:
     """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted.
 
-    `policy` is the name of a routing policy, a file of `penstock/policy/routing`.
+    `policy` is the name of a routing policy, a file of `penstock/policy/routing`; `topology` a topology file.
     """
 
     model: Model
@@ -208,6 +263,8 @@ class ServeConfig:
     kv: KvSettings
     leases: Path | None
     policy: str
+    topology: Path | None
+    service: ServiceSettings
     ask: bool
     log_level: str
 
@@ -217,7 +274,9 @@ class WorkerConfig:
     """All that the process of a worker is told. Exactly one of `join` and `leases` is set.
 
     `join` is the HOST:PORT of a frontend's registry, `leases` the folder of a file discovery; `host` is the address
-    at which other processes reach this worker.
+    at which other processes reach this worker; requests may ask for its `labels`. `device` is where its engine is in
+    the routers' topology file, empty if that is not known. `kv_events` is
+    where other routers hear of its prefix cache, as ENDPOINT or ENDPOINT,replay=ENDPOINT.
     """
 
     name: str
@@ -229,6 +288,9 @@ class WorkerConfig:
     host: str
     engine: EngineSettings
     kv: KvSettings
+    device: str
+    labels: dict[str, str]
+    kv_events: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,13 +298,15 @@ class FrontendConfig:
     """All that the process of a frontend is told, beside the two sockets it is given.
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
-    `policy` is the name of a routing policy.
+    `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired.
     """
 
     model: Model
     secrets: Secrets
     leases: Path | None
     policy: str
+    topology: Path | None
+    service: ServiceSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ PenstockError
 │   ├── MethodNotAllowed            405
 │   └── BodyTooLarge                413
 ├── Overloaded                      503 with Retry-After: try again, nothing is wrong
+│   └── OverShare                   429 with Retry-After: this tenant has more waiting than its share
 ├── DeadlineExceeded                504
 ├── Cancelled                       the client left; nobody is told
 ├── WorkerError                     a worker failed the request
@@ -154,6 +155,14 @@ class Overloaded(PenstockError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class OverShare(Overloaded):
+    """One tenant's requests fill the queue that others need too."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class DeadlineExceeded(PenstockError):

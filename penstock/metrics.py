@@ -7,7 +7,7 @@ library comes in when somebody scrapes, and the workers' own counters are then r
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -20,6 +20,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 TTFT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
 ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+LAG_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 REQUEST_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -53,6 +54,15 @@ class ModelMetrics:
         self.finished: dict[str, int] = {}  # by reason
 
 
+class QueueMetrics:
+    """Requests on their way through admission: those that wait, how long others did, and those that were shed."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.wait_s = Histogram(REQUEST_S)  # of those that had to wait and were then routed
+        self.shed: dict[str, int] = {}  # by reason
+
+
 class Metrics:
     """Everything one frontend counts."""
 
@@ -60,6 +70,7 @@ class Metrics:
         self.inflight = 0
         self.errors: dict[str, int] = {}  # by code
         self.models: dict[str, ModelMetrics] = {}
+        self.queue = QueueMetrics()
 
     def model(self, name: str) -> ModelMetrics:
         found = self.models.get(name)
@@ -68,17 +79,43 @@ class Metrics:
         return found
 
 
+class IndexMetrics:
+    """What one frontend was told of its workers' prefix caches."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, int] = {}  # by worker
+        self.changes = 0
+        self.snapshots = 0
+        self.drifts = 0  # times that a worker held other blocks than it had told
+        self.lag_s = Histogram(LAG_S)
+
+
 def count(counts: dict[str, int], key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
 def render(
-    metrics: Metrics, standings: Mapping[str, Standing], loop_delay_p99_s: float, more: Iterable[Metric] = ()
+    metrics: Metrics,
+    standings: Mapping[str, Standing],
+    stalled: Collection[str],
+    index: IndexMetrics,
+    loop_delay_p99_s: float,
+    more: Iterable[Metric] = (),
 ) -> bytes:
-    """The page that Prometheus scrapes, `more` at its end. `loop_delay_p99_s` is this process's own."""
-    families = [*_of_requests(metrics), *_of_workers(standings), *_of_loops(standings, loop_delay_p99_s), *more]
+    """The page that Prometheus scrapes, `more` at its end.
+
+    `loop_delay_p99_s` is this process's own; workers in `stalled` stand still.
+    """
+    families = (
+        *_of_requests(metrics),
+        *_of_workers(standings),
+        _of_stalls(standings, stalled),
+        *_of_index(index),
+        *_of_loops(standings, loop_delay_p99_s),
+        *more,
+    )
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(families))
+    registry.register(_Page([*families]))
     return generate_latest(registry)
 
 
@@ -103,7 +140,7 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
     for name, (attribute, help) in _HISTOGRAMS.items():
         family = HistogramMetricFamily(f"penstock_{name}", help, labels=["model_name"])
         for model, series in metrics.models.items():
-            _add_histogram(family, model, getattr(series, attribute))
+            _add_histogram(family, [model], getattr(series, attribute))
         yield family
     prompt = CounterMetricFamily("penstock_prompt_tokens", "Tokens of prompts", labels=["model_name"])
     output = CounterMetricFamily("penstock_generation_tokens", "Tokens generated", labels=["model_name"])
@@ -125,11 +162,23 @@ def _of_requests(metrics: Metrics) -> Iterator[Metric]:
         errors.add_metric([code], times)
     yield errors
     yield GaugeMetricFamily("penstock_num_requests_inflight", "Requests in this frontend", metrics.inflight)
+    yield from _of_queue(metrics.queue)
 
 
-def _add_histogram(family: HistogramMetricFamily, model: str, histogram: Histogram) -> None:
+def _of_queue(queue: QueueMetrics) -> Iterator[Metric]:
+    yield GaugeMetricFamily("penstock_num_requests_queued", "Requests that wait to be routed", queue.waiting)
+    wait = HistogramMetricFamily("penstock_admission_wait_seconds", "In the queue, of requests that had to wait there")
+    _add_histogram(wait, [], queue.wait_s)
+    yield wait
+    shed = CounterMetricFamily("penstock_requests_shed", "Requests turned away unserved", labels=["reason"])
+    for reason, times in queue.shed.items():
+        shed.add_metric([reason], times)
+    yield shed
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-    family.add_metric([model], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
+    family.add_metric(labels, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
 
 
 _GAUGES = {
@@ -169,6 +218,34 @@ def _of_workers(standings: Mapping[str, Standing]) -> Iterator[Metric]:
         moved.add_metric([*_labels(standing), "in-place"], standing.load.in_place_bytes)
         moved.add_metric([*_labels(standing), "copied"], standing.load.copied_bytes)
     yield from (usage, moved)
+
+
+def _of_index(index: IndexMetrics) -> Iterator[Metric]:
+    blocks = GaugeMetricFamily(
+        "penstock_prefix_index_blocks", "Blocks that a worker told it has cached", labels=["worker"]
+    )
+    for worker, number in index.blocks.items():
+        blocks.add_metric([worker], number)
+    yield blocks
+    for name, help, value in (
+        ("changes", "Blocks that workers told they stored or evicted", index.changes),
+        ("snapshots", "Times that a worker told all it has cached", index.snapshots),
+        ("drift", "Times that a worker had other blocks cached than it had told", index.drifts),
+    ):
+        yield CounterMetricFamily(f"penstock_prefix_index_{name}", help, value)
+    bounds = [*(str(bound) for bound in index.lag_s.bounds), "+Inf"]
+    buckets = list(zip(bounds, accumulate(index.lag_s.counts), strict=True))
+    help = "From a change of a worker's cache until it was told"
+    yield HistogramMetricFamily("penstock_prefix_index_lag_seconds", help, buckets, index.lag_s.sum)
+
+
+def _of_stalls(standings: Mapping[str, Standing], stalled: Collection[str]) -> Metric:
+    still = GaugeMetricFamily(
+        "penstock_worker_stalled", "1 while the worker's engine stands still in a step", labels=_WORKER_LABELS
+    )
+    for name, standing in standings.items():
+        still.add_metric(_labels(standing), float(name in stalled))
+    return still
 
 
 def _of_loops(standings: Mapping[str, Standing], own_p99_s: float) -> Iterator[Metric]:

@@ -9,6 +9,7 @@ import msgspec
 from penstock.tokens import count
 
 FinishReason = Literal["stop", "length", "abort"]
+Label = tuple[str, str]  # of a worker: name and value, such as zone and a
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -39,6 +40,20 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
         return count(self.tokens)
 
 
+class Constraints(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a request may go, where it should, and when it is its turn. By default anywhere, first come first served.
+
+    Tenants share what there is, see `policy.fair_queue`. Requests of one session should meet at one worker.
+    """
+
+    require: tuple[Label, ...] = ()  # each of its workers has them all
+    prefer: tuple[Label, ...] = ()  # the first matters most
+    session: str = ""
+    adapter: str = ""  # each of its workers has it
+    tenant: str = ""
+    priority: int = 0  # lower first
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence to generate, as it travels from the frontend to a decode worker."""
 
@@ -47,8 +62,9 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt: bytes  # token ids, see `tokens.pack`
     sampling: Sampling
     timeout_s: float = 600.0  # from arrival at the frontend; an interval, since clocks of hosts differ
-    salt: str = ""  # keeps the cached blocks of tenants apart
+    salt: str = ""  # keeps the cached blocks of tenants and adapters apart
     progress: Progress = Progress()
+    constraints: Constraints = Constraints()
 
     @property
     def prompt_tokens(self) -> int:

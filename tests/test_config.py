@@ -15,8 +15,10 @@ from penstock.config import (
     ListenSettings,
     Model,
     Secrets,
+    ServiceSettings,
     WorkerConfig,
     parse,
+    read_tenants,
 )
 from penstock.errors import SetupError
 
@@ -86,8 +88,46 @@ def test_kv_memory_is_given_in_gib() -> None:
 def test_no_settings_show_their_secrets() -> None:
     secrets = Secrets("hush", "hush")
     model = Model(Path("demo"), "demo")
-    config = WorkerConfig("a", "any", model, secrets, "", None, "", EngineSettings(), KvSettings())
+    config = WorkerConfig("a", "any", model, secrets, "", None, "", EngineSettings(), KvSettings(), "", {})
     assert "hush" not in repr((config, ListenSettings(api_key="hush")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ttft_slo": 0.0}, {"ttft_slo": -1.0}, {"ttft_patience": 0.9}, {"max_queued": -1}, {"affinity_s": float("nan")}],
+)
+def test_levels_that_nobody_can_keep_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(SetupError, match="--" + next(iter(settings)).replace("_", "-")):
+        ServiceSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_tenants_come_from_a_file_and_keep_their_keys_to_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.json"
+    file.write_text('{"acme": {"key": "hush-hush", "weight": 2}, "others": {}}')
+    tenants = read_tenants(file)
+    assert {name: (tenant.key, tenant.weight) for name, tenant in tenants.items()} == {
+        "acme": ("hush-hush", 2.0),
+        "others": (None, 1.0),
+    }
+    assert "hush" not in repr(tenants)
+    assert read_tenants(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "cannot be read"),
+        ('{"acme": {"wieght": 2}}', "wieght"),
+        ('{"acme": {"weight": 0}}', "> 0"),
+        ('{"acme": {"key": "short"}}', "length >= 8"),
+        ('{"a": {"key": "one-for-both"}, "b": {"key": "one-for-both"}}', "two tenants have the same key"),
+    ],
+)
+def test_tenants_that_cannot_be_told_apart_or_read_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "tenants.json"
+    file.write_text(text)
+    with pytest.raises(SetupError, match=message):
+        read_tenants(file)
 
 
 def test_engines_are_found_by_name() -> None:

@@ -6,6 +6,7 @@
     router     in front of servers that run already: vLLM, SGLang, others
     profile    how long steps of an engine take here, and a model of it
     topology   what is wired to what
+    route      why a request went where it went
     simulate   a cluster that need not exist, on virtual time
 
 Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
@@ -38,6 +39,7 @@ from penstock.config import (
     RouterConfig,
     Secrets,
     ServeConfig,
+    ServiceSettings,
     SimulationSettings,
     TargetSettings,
     WorkerConfig,
@@ -54,6 +56,7 @@ app = App(
 Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
 Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
 Attach = Annotated[AttachSettings, Parameter(name="*", group="Servers", consume_multiple=True)]
@@ -89,6 +92,8 @@ def serve(
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
     policy: str = "pairs",
+    topology: Path | None = None,
+    service: Service = ServiceSettings(),
     discovery: str = "",
     ask: bool = True,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -106,6 +111,8 @@ def serve(
         What clients call the model; by default the folder's name or the hub id.
     policy
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    topology
+        A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
     ask
@@ -129,6 +136,8 @@ def serve(
         kv=kv,
         leases=leases_folder(discovery),
         policy=policy,
+        topology=topology,
+        service=service,
         ask=ask,
         log_level=log_level,
     )
@@ -147,8 +156,11 @@ def worker(
     name: str = "",
     model_name: str = "",
     host: str = "",
+    device: str = "",
+    label: dict[str, str] | None = None,
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
+    kv_events: str = "",
     discovery: str = "",
     log_level: LogLevel = "warning",
 ) -> None:
@@ -168,6 +180,14 @@ def worker(
         What clients call the model; by default the folder's name or the hub id.
     host
         The address at which other processes reach this worker; by default the one that leads to --join.
+    kv_events
+        Also publish what the prefix cache holds over ZMQ, in vLLM's format, for routers other than penstock's: an
+        endpoint of this host, as tcp://127.0.0.1:5557, or with one that repeats events, as
+        tcp://127.0.0.1:5557,replay=tcp://127.0.0.1:5558.
+    device
+        The device of the server's --topology that this worker computes on, as `penstock topology` names it.
+    label
+        What requests may ask for, as --label.NAME VALUE: its zone, its rack, what it may be used for.
     discovery
         Instead of --join: the list of workers that the frontends read, as file:FOLDER.
     log_level
@@ -187,6 +207,9 @@ def worker(
         host=host or sockets.address_towards(join),
         engine=engine,
         kv=kv,
+        kv_events=kv_events,
+        device=device,
+        labels=label or {},
     )
     from penstock.cli.worker import run_worker
 
@@ -201,6 +224,8 @@ def frontend(
     model_name: str = "",
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
+    topology: Path | None = None,
+    service: Service = ServiceSettings(),
     discovery: str = "",
     http_fd: Descriptor = None,
     join_fd: Descriptor = None,
@@ -216,6 +241,8 @@ def frontend(
         What clients call the model; by default the folder's name or the hub id.
     policy
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    topology
+        A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
     log_level
@@ -228,6 +255,8 @@ def frontend(
         secrets=Secrets(process.token(), listen.api_key),
         leases=leases_folder(discovery),
         policy=policy,
+        topology=topology,
+        service=service,
     )
     if http_fd is None or join_fd is None:
         http, registry = sockets.listen_at_both(listen)
@@ -399,6 +428,40 @@ def topology_probe(
 
     process.log_to_stderr("topology", "warning")
     process.run(probe(join, process.token(), size, partners, out, as_json))
+
+
+route_commands = App(name="route", help="Where requests go, and why.")
+app.command(route_commands)
+
+
+@route_commands.command(name="explain")
+def route_explain(
+    request: str = "",
+    /,
+    *,
+    last: Annotated[bool, Parameter(negative=())] = False,
+    url: str = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Why a running server routed a request as it did: what it believed and predicted, what else there was, and what
+    came of it; needs PENSTOCK_API_KEY where the server has one.
+
+    Parameters
+    ----------
+    request
+        The id of an answer, or the x-request-id of a response.
+    last
+        The last request that came, instead of one by its id.
+    url
+        The server's address, as `penstock serve` prints it.
+    as_json
+        Print the whole record as one JSON object, for scripts.
+    """
+    from penstock.cli.route import explain
+
+    if bool(request) == last:
+        raise SetupError("say which request: its id, or --last, and not both")
+    explain(url, process.api_key(""), request, as_json)
 
 
 def shown(default: object) -> str | None:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import socket
+from collections.abc import Mapping, Sequence
 
 from penstock import clock, plugin
 from penstock.cli import process
-from penstock.config import FrontendConfig
+from penstock.config import FrontendConfig, ServiceSettings, Tenant, read_tenants
 from penstock.discovery.api import Discovery
 from penstock.discovery.file import FileDiscovery
 from penstock.discovery.memory import MemoryDiscovery
+from penstock.errors import BadTopology
+from penstock.fabric import Fabric
+from penstock.metrics import Metrics
+from penstock.policy.admission import ServiceLevel
+from penstock.policy.routing.ways import Climber, Rung
 from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.http_server import serve_http
 from penstock.serve.registry import Registry
-from penstock.serve.router import Router
+from penstock.serve.router import Router, ServiceOptions
 from penstock.serve.rpc import Endpoint
 from penstock.serve.text import load_tokenizer
+from penstock.topology.file import FileTopology, Options
 from penstock.wire.stream import StreamWire
+
+log = logging.getLogger(__name__)
 
 
 async def run_frontend(config: FrontendConfig, http: socket.socket, registry: socket.socket) -> None:
     """Takes over two listening sockets. Raises SetupError where the start is refused."""
     route = plugin.find("policy.routing", config.policy).ROUTING
+    wiring = Placed(FileTopology(Options(config.topology)).load()) if config.topology is not None else None
     leave = process.stop_requested()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the event loop
     rng = clock.chance()
@@ -33,12 +45,45 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     registered = Registry(discovery)
     methods = {"join": registered.join, "members": registered.members}
     endpoint = Endpoint(wires, config.secrets.token, methods)
-    options = FrontendOptions(api_key=config.secrets.api_key)
+    tenants = read_tenants(config.service.tenants)
+    keys = {name: tenant.key for name, tenant in tenants.items() if tenant.key is not None}
+    options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys)
+    service, measured = service_options(config.service, tenants), Metrics()
     async with (
         endpoint,
         endpoint.listen(f"fd:{registry.fileno()}"),
-        Router(discovery, endpoint, rng, route) as router,
-        Frontend(router, {config.model.name: tokenizer}, rng, options) as frontend,
+        Router(discovery, endpoint, rng, route, wiring=wiring, service=service, queued=measured.queue) as router,
+        Frontend(router, {config.model.name: tokenizer}, rng, options, measured) as frontend,
         serve_http(frontend, http, process.grace_s),
     ):
         await leave.wait()
+
+
+class Placed:
+    """The wiring of workers that say on which device of `fabric` they are; others may be anywhere."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._climber = Climber(fabric)
+        self._unknown: set[str] = set()
+
+    def climb(self, device: str) -> Sequence[Rung]:
+        """Nothing, and a warning, for a device that the fabric does not have."""
+        if not device or device in self._unknown:
+            return ()
+        try:
+            return self._climber.climb((device,))
+        except BadTopology as error:
+            self._unknown.add(device)
+            log.warning("a worker's --device is not in --topology, so it may be anywhere: %s", error)
+            return ()
+
+
+def service_options(settings: ServiceSettings, tenants: Mapping[str, Tenant]) -> ServiceOptions:
+    """What the router is told of them."""
+    level = ServiceLevel(
+        ttft_s=math.inf if settings.ttft_slo is None else settings.ttft_slo,
+        patience=settings.ttft_patience,
+        max_queued=settings.max_queued,
+        weights={name: tenant.weight for name, tenant in tenants.items()},
+    )
+    return ServiceOptions(level, settings.affinity_s)

@@ -22,7 +22,7 @@ from penstock import plugin
 from penstock.cli import process, sockets
 from penstock.cli.client import Client, Json, NoAnswer
 from penstock.cli.report import Answered, Asked, AskFailed, Ready, Report, Said, Starting, Stopping
-from penstock.config import Model, ServeConfig, parse
+from penstock.config import Model, ServeConfig, ServiceSettings, parse, read_tenants
 from penstock.launch.api import Job
 from penstock.launch.local import LocalLauncher
 
@@ -47,7 +47,7 @@ async def serve(config: ServeConfig, report: Report) -> None:
     http, registry = sockets.listen_at_both(config.listen)
     with http, registry:
         join = sockets.address_of(registry)
-        client = Client(*sockets.split_address(sockets.address_of(http)), config.secrets.api_key)
+        client = Client(*sockets.split_address(sockets.address_of(http)), any_key(config))
         async with LocalLauncher(os.environ) as launcher:
             report(Starting(config.model.name, 1 + len(config.fleet.roles())))
             await launcher.start(frontend_job(config, http, registry))
@@ -74,10 +74,33 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
 
 def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.socket) -> Job:
     flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
+    flags |= service_flags(config.service)
+    if config.topology is not None:
+        flags["topology"] = config.topology.resolve()
     if config.leases is not None:
         flags["discovery"] = f"file:{config.leases}"
     secrets = {"PENSTOCK_TOKEN": config.secrets.token, "PENSTOCK_API_KEY": config.secrets.api_key}
     return Job("frontend", _command("frontend", config, flags), secrets, (http.fileno(), registry.fileno()))
+
+
+def any_key(config: ServeConfig) -> str:
+    """One with which this server may be asked; empty where it needs none."""
+    tenants = read_tenants(config.service.tenants).values()
+    return config.secrets.api_key or next((tenant.key for tenant in tenants if tenant.key is not None), "")
+
+
+def service_flags(service: ServiceSettings) -> dict[str, object]:
+    """Those that make a frontend admit as `service` says."""
+    flags: dict[str, object] = {
+        "ttft-patience": service.ttft_patience,
+        "max-queued": service.max_queued,
+        "affinity-s": service.affinity_s,
+    }
+    if service.ttft_slo is not None:
+        flags["ttft-slo"] = service.ttft_slo
+    if service.tenants is not None:
+        flags["tenants"] = service.tenants.resolve()
+    return flags
 
 
 def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str]) -> Iterator[Job]:
@@ -102,7 +125,7 @@ async def introduce(config: ServeConfig, client: Client, join: str, launcher: Lo
     """Reports when everything is up, and the answer to a first question."""
     question = question_for(config.model)
     workers = await wait_ready(client, list(config.fleet.roles()))
-    curl = curl_line(client.url, question, bool(config.secrets.api_key))
+    curl = curl_line(client.url, question, bool(client.api_key))
     join_command = shlex.join([*process.own_command(), "worker", *config.model.arguments, "--join", join])
     report(Ready(config.model.name, client.url, join, workers, launcher.pids(), curl, join_command))
     if config.ask:

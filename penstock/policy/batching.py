@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -19,8 +21,7 @@ class Limits:
         return min(self.max_running, self.step_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(msgspec.Struct, frozen=True):
     """A sequence that has tokens to compute. `blocks` are held already; `may_take` says whether it can get more."""
 
     pending_tokens: int  # 1 while decoding

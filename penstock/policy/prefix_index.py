@@ -8,6 +8,9 @@ at every block for one worker.
 
 Workers that tell no events are believed to hold what they were sent, and to forget what was used longest ago once it
 is more than they have room for. For the others that belief fills the time until the event.
+
+Entries lie in many small tables instead of a large one, so that no change ever waits for one to grow: at a million
+entries that would be 20 ms.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -25,19 +29,24 @@ from penstock.tokens import TOKEN_BYTES
 
 Incarnation: TypeAlias = tuple[str, int]  # a worker's name and epoch
 Lengths: TypeAlias = npt.NDArray[np.int64]
+Plane: TypeAlias = list[dict[int, int]]  # hash to holders, in the table that the hash's lowest bits say
 
 TIERS = ("device", "host", "disk", "remote")  # nearest first; events name them by their numbers here
 DEVICE = 0
 
 _SWEEP = 256  # entries of those who left to forget with every change
 _BELIEF = len(TIERS)  # the plane of what is only believed
+_TABLES = 1 << 10
+_TABLE = _TABLES - 1
 _INTERNED = 1 << 16
+_HASH = (1 << 60) - 1  # integers up to here take 32 bytes, larger ones 48
+_STRIDE = 16  # by how much the steps of a search grow
 
 
 def prefix_hashes(
     prompt: bytes | memoryview, block_tokens: int, salt: str = "", parent: int | None = None
 ) -> list[int]:
-    """Chained 64-bit hashes of the full blocks of a packed prompt. Unlike `blocks.chain_hashes`, not to be trusted.
+    """Chained 60-bit hashes of the full blocks of a packed prompt. Unlike `blocks.chain_hashes`, not to be trusted.
 
     Equal prefixes under one salt have equal hashes. Others could be made to collide, which costs a wrong guess here.
     `parent` is the hash of the block before the first token.
@@ -46,7 +55,7 @@ def prefix_hashes(
     packed, hashes = memoryview(prompt), list[int]()
     last = xxh3_64_intdigest(salt.encode()) if parent is None else parent
     for start in range(0, len(prompt) - size + 1, size):
-        last = xxh3_64_intdigest(packed[start : start + size], last)
+        last = xxh3_64_intdigest(packed[start : start + size], last) & _HASH
         hashes.append(last)
     return hashes
 
@@ -72,20 +81,19 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self.bits = 0
-        self._planes: list[dict[int, int]] = [{} for _ in range(len(TIERS) + 1)]  # hash to holders
-        self._swept: list[dict[int, int]] = [{} for _ in self._planes]  # the same, of entries still to be looked at
+        self._planes: dict[int, Plane] = {}  # by tier, those that were ever needed
         self._seated: dict[Incarnation, _Holder] = {}
         self._order: npt.NDArray[np.intp] = np.empty(0, np.intp)  # numbers of the seated workers' bits
         self._alive = 0
         self._free_bits: list[int] = []
-        self._dead = 0  # bits that no entry of `_planes` gets any more
-        self._dying = 0  # those that are being swept
-        self._graves: list[OrderedDict[int, None]] = []
+        self._dead = 0  # bits that no entry gets any more
+        self._graves: list[OrderedDict[int, None]] = []  # what was believed of them
+        self._sweeping: Iterator[None] | None = None  # of bits that were dead when it began
         self._sets: dict[int, int] = {}  # equal sets of holders are one object
 
     def __len__(self) -> int:
         """Entries: different blocks in each tier, those of workers that left included until they are swept."""
-        return sum(len(plane) for plane in (*self._planes, *self._swept))
+        return sum(len(table) for plane in self._planes.values() for table in plane)
 
     def seat(self, workers: Sequence[Incarnation], capacities: Sequence[int]) -> None:
         """These incarnations are there now, with room for so many blocks; the others are forgotten."""
@@ -106,36 +114,46 @@ class PrefixIndex:
     def stored(self, worker: Incarnation, hashes: Sequence[int], tier: int = DEVICE) -> None:
         """It holds these blocks. Idempotent."""
         holder = self._seated[worker]
-        plane, bit, sets = self._changed(tier, hashes), holder.bit, self._sets
+        plane, bit, sets = self._changed(tier), holder.bit, self._sets
+        count = digest = 0
         for block in hashes:
-            holders = plane.get(block)
+            table = plane[block & _TABLE]
+            holders = table.get(block)
             if holders is None:
-                plane[block] = bit
+                table[block] = bit
             elif holders & bit:
                 continue
             else:
-                plane[block] = sets.setdefault(holders | bit, holders | bit)
-            if not tier:
-                holder.count += 1
-                holder.digest ^= block
-        if len(sets) > _INTERNED:
-            sets.clear()
+                table[block] = sets.setdefault(holders | bit, holders | bit)
+            count += 1
+            digest ^= block
+        if tier == DEVICE:
+            holder.count += count
+            holder.digest ^= digest
 
     def removed(self, worker: Incarnation, hashes: Sequence[int], tier: int = DEVICE) -> None:
-        """It does not hold these blocks any more. Idempotent."""
+        """It does not hold these blocks any more, whatever was believed. Idempotent."""
         holder = self._seated[worker]
-        plane, bit = self._changed(tier, hashes), holder.bit
+        if holder.believed:
+            beliefs = self._changed(_BELIEF)
+            for block in filter(holder.believed.__contains__, hashes):
+                self._disbelieve(beliefs, holder, block)
+        plane, bit, sets = self._changed(tier), holder.bit, self._sets
+        count = digest = 0
         for block in hashes:
-            holders = plane.get(block, 0)
+            table = plane[block & _TABLE]
+            holders = table.get(block, 0)
             if not holders & bit:
                 continue
             if holders == bit:
-                del plane[block]
+                del table[block]
             else:
-                plane[block] = holders ^ bit
-            if not tier:
-                holder.count -= 1
-                holder.digest ^= block
+                table[block] = sets.setdefault(holders ^ bit, holders ^ bit)
+            count += 1
+            digest ^= block
+        if tier == DEVICE:
+            holder.count -= count
+            holder.digest ^= digest
 
     def cleared(self, worker: Incarnation) -> None:
         """It holds nothing, in any tier."""
@@ -163,24 +181,30 @@ class PrefixIndex:
         holder = self._seated[worker]
         if holder.tells:
             hashes = hashes[self._count(hashes, holder.bit) :]
-        plane, believed, bit, sets = self._changed(_BELIEF, hashes), holder.believed, holder.bit, self._sets
+        plane, believed, bit, sets = self._changed(_BELIEF), holder.believed, holder.bit, self._sets
         for block in reversed(hashes):  # the last first, so that a prefix is forgotten from its end
+            if block in believed:
+                believed.move_to_end(block)
+                continue
             believed[block] = None
-            believed.move_to_end(block)
-            holders = plane.get(block, 0)
-            if not holders & bit:
-                plane[block] = sets.setdefault(holders | bit, holders | bit)
+            table = plane[block & _TABLE]
+            holders = table.get(block)
+            if holders is None:
+                table[block] = bit
+            elif not holders & bit:
+                table[block] = sets.setdefault(holders | bit, holders | bit)
         while len(believed) > holder.capacity:
-            self._disbelieve(holder, next(iter(believed)))
+            self._disbelieve(plane, holder, next(iter(believed)))
         return hashes if holder.tells else ()
 
     def doubt(self, worker: Incarnation, hashes: Sequence[int]) -> None:
         """If it tells events they have told of these blocks by now, or never will. Idempotent."""
         holder = self._seated.get(worker)
         if holder is not None and holder.tells:
+            plane = self._changed(_BELIEF)
             for block in hashes:
                 if block in holder.believed:
-                    self._disbelieve(holder, block)
+                    self._disbelieve(plane, holder, block)
 
     # Questions
 
@@ -190,15 +214,15 @@ class PrefixIndex:
         In the first so many tiers, beliefs included.
         """
         lengths = np.zeros(self.bits, np.int64)
-        for live, blocks in self._runs(hashes, self._finder(tiers)):
+        for live, end in self._runs(hashes, self._finder(tiers)):
             if live.bit_count() <= 4:
                 while live:
                     lowest = live & -live
-                    lengths[lowest.bit_length() - 1] += blocks
+                    lengths[lowest.bit_length() - 1] = end
                     live ^= lowest
             else:
-                lengths[_as_mask(live, self.bits)] += blocks
-        return lengths[self._order]
+                np.putmask(lengths, _as_mask(live, self.bits), end)
+        return lengths.take(self._order)
 
     def count_held(self, worker: Incarnation, hashes: Sequence[int]) -> int:
         """The same for one worker, with a look at every block. Raises KeyError for one without a seat."""
@@ -206,42 +230,52 @@ class PrefixIndex:
 
     @property
     def has_lower_tiers(self) -> bool:
-        """Whether anything is known to be held elsewhere than on a device."""
-        return any(self._planes[1:_BELIEF]) or any(self._swept[1:_BELIEF])
+        """Whether anything was ever known to be held elsewhere than on a device."""
+        return any(0 < tier < _BELIEF for tier in self._planes)
 
     def _runs(self, hashes: Sequence[int], find: Callable[[int], int]) -> Iterator[tuple[int, int]]:
-        """Those who hold everything so far, and for how many more blocks it stays these."""
+        """Those who hold everything up to some block, and which; then those of them who hold more."""
         live, start, blocks = self._alive, 0, len(hashes)
         while start < blocks:
             live &= find(hashes[start])
             if not live:
                 return
-            end = _reach(hashes, start, live, find)
-            yield live, end - start
-            start = end
+            start = _reach(hashes, start, live, find)
+            yield live, start
 
     def _count(self, hashes: Sequence[int], bit: int) -> int:
-        find = self._finder(len(TIERS))
+        if not self._planes:
+            return 0
+        first, *others = self._planes.values()
+        seen = bit  # holders with `bit` among them; neighbours often have one and the same set
         for number, block in enumerate(hashes):
-            if not find(block) & bit:
+            holders = first[block & _TABLE].get(block, 0)
+            if holders is seen:
+                continue
+            if holders & bit:
+                seen = holders
+                continue
+            for plane in others:
+                if plane[block & _TABLE].get(block, 0) & bit:
+                    break
+            else:
                 return number
         return len(hashes)
 
     def _finder(self, tiers: int) -> Callable[[int], int]:
         """Holders of a block in these tiers."""
-        planes = [*self._planes[:tiers], self._planes[_BELIEF], *self._swept[:tiers], self._swept[_BELIEF]]
-        gets = [plane.get for plane in planes if plane]
-        if len(gets) == 1:
-            only = gets[0]
-            return lambda block: only(block, 0)
-        if len(gets) == 2:
-            one, other = gets
-            return lambda block: one(block, 0) | other(block, 0)
+        planes = [plane for tier, plane in self._planes.items() if tier < tiers or tier == _BELIEF]
+        if len(planes) == 1:
+            only = planes[0]
+            return lambda block: only[block & _TABLE].get(block, 0)
+        if len(planes) == 2:
+            one, other = planes
+            return lambda block: one[block & _TABLE].get(block, 0) | other[block & _TABLE].get(block, 0)
 
         def find(block: int) -> int:
             holders = 0
-            for get in gets:
-                holders |= get(block, 0)
+            for plane in planes:
+                holders |= plane[block & _TABLE].get(block, 0)
             return holders
 
         return find
@@ -262,46 +296,45 @@ class PrefixIndex:
         self._dead |= holder.bit
         self._graves.append(holder.believed)
 
-    # Sweeping: entries move from a plane's old table to its new one, which leaves out who died before that began.
+    # Changes
 
-    def _changed(self, tier: int, hashes: Sequence[int]) -> dict[int, int]:
-        """The plane of `tier`, in which entries of these blocks may be changed now."""
-        if self._dead and not self._dying:
-            self._dying, self._dead = self._dead, 0
-            self._planes, self._swept = self._swept, self._planes
-        if self._dying:
-            old, plane, kept = self._swept[tier], self._planes[tier], ~self._dying
-            for block in hashes:
-                if holders := old.pop(block, 0) & kept:
-                    plane[block] = holders
-            self._sweep(_SWEEP + len(hashes))
-        return self._planes[tier]
+    def _changed(self, tier: int) -> Plane:
+        """The plane of `tier`, which is about to be changed."""
+        if self._dead and self._sweeping is None:
+            self._sweeping = self._sweep(self._dead, self._graves)
+            self._dead, self._graves = 0, []
+        if self._sweeping is not None and next(islice(self._sweeping, _SWEEP - 1, None), self) is self:
+            self._sweeping = None
+        if len(self._sets) > _INTERNED:
+            self._sets.clear()
+        if (plane := self._planes.get(tier)) is None:
+            plane = self._planes[tier] = [{} for _ in range(_TABLES)]
+        return plane
 
-    def _sweep(self, entries: int) -> None:
-        kept = ~self._dying
-        for plane, old in zip(self._planes, self._swept, strict=True):
-            while old and entries:
-                block, holders = old.popitem()
-                entries -= 1
-                if holders & kept:
-                    plane[block] = holders & kept
-        while self._graves and entries:
-            entries -= 1
-            if self._graves[-1]:
-                self._graves[-1].popitem()
-            else:
-                self._graves.pop()
-        if entries:
-            self._free_bits += [1 << number for number in range(self.bits) if self._dying >> number & 1]
-            self._dying = 0
+    def _sweep(self, dying: int, graves: list[OrderedDict[int, None]]) -> Iterator[None]:
+        """Takes these bits out of all entries, one entry or table a step, and gives them back."""
+        for table in [table for plane in self._planes.values() for table in plane]:
+            for block in list(table):
+                if table.get(block, 0) & dying:
+                    self._strike(table, block, dying)
+                yield
+            yield
+        for believed in graves:
+            while believed:
+                believed.popitem()
+                yield
+        self._free_bits += [1 << number for number in range(dying.bit_length()) if dying >> number & 1]
 
-    def _disbelieve(self, holder: _Holder, block: int) -> None:
-        del holder.believed[block]
-        plane = self._changed(_BELIEF, (block,))
-        if left := plane.get(block, 0) & ~holder.bit:
-            plane[block] = left
+    def _strike(self, table: dict[int, int], block: int, bits: int) -> None:
+        """They hold it no more; the entry is there."""
+        if left := table[block] & ~bits:
+            table[block] = self._sets.setdefault(left, left)
         else:
-            plane.pop(block, None)
+            del table[block]
+
+    def _disbelieve(self, plane: Plane, holder: _Holder, block: int) -> None:
+        del holder.believed[block]
+        self._strike(plane[block & _TABLE], block, holder.bit)
 
 
 def _reach(hashes: Sequence[int], start: int, live: int, find: Callable[[int], int]) -> int:
@@ -312,7 +345,7 @@ def _reach(hashes: Sequence[int], start: int, live: int, find: Callable[[int], i
     lost, step = lost - 1, 1
     while held + step < lost:
         if find(hashes[held + step]) & live == live:
-            held, step = held + step, 2 * step
+            held, step = held + step, _STRIDE * step
         else:
             lost = held + step
             break
@@ -327,4 +360,4 @@ def _reach(hashes: Sequence[int], start: int, live: int, find: Callable[[int], i
 
 def _as_mask(bits: int, size: int) -> npt.NDArray[np.bool_]:
     packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), np.uint8)
-    return np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
+    return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)

@@ -12,12 +12,17 @@ from penstock.clock import now
 from penstock.errors import EngineFailed, PenstockError
 from penstock.request import Finish, FinishReason, Request, Timeline, Token
 from penstock.serve import openai
+from penstock.serve.decisions import Compared, Decided
 from penstock.serve.openai import Ask, Dialect, Heading, Shown, Usage
 from penstock.serve.text import Tokenizer
 
 
 class Record(msgspec.Struct):
-    """What /debug/requests/{id} shows."""
+    """What /debug/requests/{id} shows; the list of /debug/requests has its head. No prompt, and no answer.
+
+    `timeline` is what the workers have told so far. `decisions` are filled in when it is shown; `compared` is of the
+    one that gave the first token.
+    """
 
     id: str
     model: str
@@ -26,6 +31,8 @@ class Record(msgspec.Struct):
     finish_reason: str | None = None
     error: str | None = None
     timeline: Timeline | None = None
+    decisions: list[Decided] = []
+    compared: list[Compared] = []
 
 
 class Answer:
@@ -45,7 +52,6 @@ class Answer:
         self.request = request
         self.arrived_s = arrived_s
         self.is_complete = False
-        self.told: Timeline | None = None  # by the workers, so far
         self.record = Record(heading.id, heading.model, heading.created)
         self._dialect = dialect
         self._heading = heading
@@ -148,7 +154,7 @@ class Answer:
         """The answer is complete: what is to be said and kept of it."""
         finish, timeline = self._finish, self._timeline()
         reason: FinishReason = "stop" if finish is None or self._output.is_stopped else finish.reason
-        cached = None if self.told is None else timeline.cached_tokens
+        cached = None if self.record.timeline is None else timeline.cached_tokens
         self.record.state = "finished"
         self.record.finish_reason = reason
         self.record.timeline = timeline
@@ -165,5 +171,5 @@ class Answer:
         """The workers', completed by what is known here if they were stopped before they could tell the end."""
         if self._finish is not None:
             return self._finish.timeline
-        told = self.told or Timeline(prompt_tokens=self.request.prompt_tokens)
+        told = self.record.timeline or Timeline(prompt_tokens=self.request.prompt_tokens)
         return msgspec.structs.replace(told, output_tokens=self._tokens, ended_s=now() - self.arrived_s)

@@ -297,7 +297,7 @@ class Attached:
         for model in [model for model in self._rosters if model not in models]:
             del self._rosters[model]
         for model, standings in models.items():
-            self._rosters.setdefault(model, Roster(None)).update(standings)
+            self._rosters.setdefault(model, Roster(None)).update(standings, now())
         self._changed.set()
 
     # One task for each server

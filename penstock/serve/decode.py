@@ -43,8 +43,8 @@ class GenerateAsk(msgspec.Struct, frozen=True):
 class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """Tokens since the last one, and the end of the sequence with its last.
 
-    `so_far` comes with the first token, for clients that stop before the end. Tokens of several steps were sampled at
-    even paces over the last `over_s` seconds.
+    `so_far` comes with the first token, and once the KV of the whole prompt was read: for streams that stop before the
+    end, or move. Tokens of several steps were sampled at even paces over the last `over_s` seconds.
     """
 
     tokens: list[Token]
@@ -289,15 +289,16 @@ class Decoder:
             return
         if sampled:
             timeline, now = sequence.timeline, sequence.elapsed_s()
+            is_read = not sequence.is_first_due and timeline.decoding_s is None
             if sequence.is_first_due:
                 timeline.prefill_ended_s = now
-            elif timeline.decoding_s is None:
+            elif is_read:
                 timeline.decoding_s = now - self._stepper.span_s
-            self._emit(sequence, sampled, self._stepper.span_s)
+            self._emit(sequence, sampled, self._stepper.span_s, has_news=is_read)
         sequence.resident.publish()
 
-    def _emit(self, sequence: Sequence, sampled: Many[Token], over_s: float) -> None:
-        """Sends tokens of as many steps, and the end if they are the last."""
+    def _emit(self, sequence: Sequence, sampled: Many[Token], over_s: float, has_news: bool = False) -> None:
+        """Sends tokens of as many steps, the timeline if it has news, and the end if they are the last."""
         sequence.run.tokens.extend([token.id for token in sampled])
         is_first, sequence.is_first_due = sequence.is_first_due, False
         sequence.outputs += len(sampled)
@@ -306,7 +307,7 @@ class Decoder:
             sequence.timeline.first_token_s = sequence.elapsed_s()
         last = sampled[-1].id
         finish = self._finish(sequence, last, reason) if (reason := self._reason_to_end(sequence, last)) else None
-        so_far = sequence.timeline if is_first else None
+        so_far = sequence.timeline if is_first or has_news else None
         sequence.call.send(Output(list(sampled), finish, so_far, over_s))
         if finish:
             self._stepper.leave(sequence.run, lambda: None)

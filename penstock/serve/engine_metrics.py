@@ -58,6 +58,8 @@ def _read_vllm(values: Mapping[str, float], cache: Mapping[str, str], at_s: floa
             get("request_prefill_kv_computed_tokens_sum"), get("request_prefill_time_seconds_sum")
         ),
         decode_step_s=_ratio(get("inter_token_latency_seconds_sum"), get("inter_token_latency_seconds_count")),
+        computed_tokens=int(get("request_prefill_kv_computed_tokens_sum", 0.0)),
+        prefills=int(get("request_prefill_kv_computed_tokens_count", 0.0)),
         prompt_tokens=int(get("prefix_cache_queries_total", 0.0)),
         cached_tokens=int(get("prefix_cache_hits_total", 0.0)),
         output_tokens=int(get("generation_tokens_total", 0.0)),

@@ -6,23 +6,23 @@ A request is one coroutine. It holds the backend's stream in an `async with`, so
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
     GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
-    GET  /health  /live  /ready  /metrics  /debug/requests/{id}  /
+    GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
-what happened to the request under /debug/requests/. `x-penstock-timeline: 1`, or `"penstock": {"timeline": true}`
-in the body, adds the same to the answer.
+what happened to the request, and why it was routed so, under /debug/requests/. `x-penstock-timeline: 1`, or
+`"penstock": {"timeline": true}` in the body, adds what happened to the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import Literal, Protocol
 
@@ -45,13 +45,16 @@ from penstock.errors import (
     Unsupported,
     WorkerDraining,
 )
-from penstock.request import Finish, Request, Timeline, Token
+from penstock.request import Constraints, Finish, Request, Timeline, Token
 from penstock.serve import openai
 from penstock.serve.answer import Answer, Record
+from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
+from penstock.serve.keys import Keys
 from penstock.serve.openai import Ask, Dialect, Heading
 from penstock.serve.pulse import Pulse
 from penstock.serve.text import Tokenizer
+from penstock.serve.wishes import constraints_of, timeout_of
 from penstock.tokens import pack
 
 log = logging.getLogger(__name__)
@@ -85,12 +88,25 @@ class Backend(Protocol):
         """Live workers by name."""
         ...
 
+    def index_metrics(self) -> metrics.IndexMetrics:
+        """What workers told of their prefix caches."""
+        ...
+
+    def stalled(self) -> Collection[str]:
+        """Those of them whose engines stand still."""
+        ...
+
+    def decisions(self, request_id: str) -> list[Decided]:
+        """How a request was routed, in order; none if that is not known."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FrontendOptions:
-    """`inflight` requests at a time, the rest gets a 503. No `api_key`: everybody may ask."""
+    """`inflight` requests at a time, the rest gets a 503. No `api_key` and no `tenant_keys`: everybody may ask."""
 
     api_key: str = field(default="", repr=False)
+    tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # by tenant
     inflight: int = 1024
     body_bytes: int = 16 << 20
     timeout_s: float = 600.0  # from a request's arrival to its last token
@@ -100,6 +116,7 @@ class FrontendOptions:
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
+LISTED = 100  # requests, by /debug/requests
 LAST_WORDS_S = 1.0  # for the error that ends a stream to leave
 OPEN_PATHS = ("/health", "/live", "/ready")  # probes have no key
 
@@ -113,12 +130,14 @@ class Frontend:
         tokenizers: Mapping[str, Tokenizer],
         rng: Random,
         options: FrontendOptions = FrontendOptions(),
+        measured: metrics.Metrics | None = None,
     ) -> None:
-        self.metrics = metrics.Metrics()
+        self.metrics = measured or metrics.Metrics()
         self._backend = backend
         self._tokenizers = tokenizers
         self._rng = rng
         self._options = options
+        self._keys = Keys(options.api_key, options.tenant_keys)
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._deadlines: dict[asyncio.Timeout, None] = {}  # of the requests that run
         self._since = 0
@@ -136,6 +155,7 @@ class Frontend:
             "/live": ("GET", self._show_live),
             "/ready": ("GET", self._show_ready),
             "/metrics": ("GET", self._show_metrics),
+            "/debug/requests": ("GET", self._list_records),
         }
         self._prefix_routes: dict[str, tuple[str, Handler]] = {
             "/v1/models/": ("GET", self._show_model),
@@ -164,7 +184,7 @@ class Frontend:
         except Cancelled:
             exchange.abort()
         except Exception as error:
-            await self._refuse(exchange, self._explain(error))
+            await self._refuse(exchange, self._explain(error, self._options.timeout_s))
 
     async def drain(self, grace_s: float) -> None:
         """Takes no new requests; those that run end within `grace_s`, by an error at last."""
@@ -195,7 +215,7 @@ class Frontend:
     async def _dispatch(self, exchange: Exchange) -> None:
         method, handler = self._find_route(exchange.path)
         if exchange.path not in OPEN_PATHS:
-            self._check_key(exchange)
+            self._keys.find_tenant(exchange.headers)
         if exchange.method != method and (exchange.method, method) != ("HEAD", "GET"):
             raise MethodNotAllowed(f"{exchange.path} is for {method}, not {exchange.method[:20]}")
         await handler(exchange)
@@ -207,13 +227,6 @@ class Frontend:
         if found is None:
             raise NotFound(f"there is nothing at {path[:200]}; GET / says what there is")
         return found
-
-    def _check_key(self, exchange: Exchange) -> None:
-        key = self._options.api_key
-        given = exchange.headers.get(b"authorization", b"")
-        if key and not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            problem = "the API key is wrong" if given else "this server needs an API key"
-            raise Unauthorized(f"{problem}; send the header Authorization: Bearer KEY")
 
     # Answers
 
@@ -259,11 +272,20 @@ class Frontend:
         for feature, name in ask.needs:
             if feature not in card.supports:
                 raise Unsupported(f"the engine that serves {ask.model!r} has no {feature}; leave {name} out", name)
+        tenant, adapter = self._keys.find_tenant(exchange.headers), card.name if card.base else ""
+        wishes = constraints_of(exchange.headers, ask, tenant, adapter)
         prompt = _encode_prompt(ask, tokenizer, card.max_context_tokens)
         budget = openai.output_budget(len(prompt), ask.max_tokens, dialect.default_tokens, card.max_context_tokens)
         seed = self._rng.getrandbits(63) if ask.seed is None else ask.seed
-        sampling = ask.sampling(budget, seed)
-        request = Request(exchange.id, ask.model, pack(prompt), sampling, self._options.timeout_s)
+        request = Request(
+            id=exchange.id,
+            model=card.base or ask.model,
+            prompt=pack(prompt),
+            sampling=ask.sampling(budget, seed),
+            timeout_s=timeout_of(exchange.headers, self._options.timeout_s),
+            salt=_salt(wishes),
+            constraints=wishes,
+        )
         if exchange.headers.get(b"x-penstock-timeline") == b"1":
             ask = msgspec.structs.replace(ask, wants_timeline=True)
         heading = Heading(dialect.id_prefix + request.id, int(wall_s()), ask.model)
@@ -273,7 +295,8 @@ class Frontend:
 
     def _find_model(self, name: str) -> tuple[ModelCard, Tokenizer]:
         cards = self._backend.cards()
-        card, tokenizer = cards.get(name), self._tokenizers.get(name)
+        card = cards.get(name)
+        tokenizer = self._tokenizers.get(name if card is None else card.base or name)
         if tokenizer is None:
             known = ", ".join(self._tokenizers)
             raise UnknownModel(f"there is no model {name[:200]!r} here; there is {known}", "model")
@@ -283,8 +306,9 @@ class Frontend:
 
     async def _answer(self, exchange: Exchange, answer: Answer) -> None:
         """From the first token to the last byte. Answers errors as well: beyond the task group they are wrapped."""
+        timeout_s = answer.request.timeout_s
         try:
-            latest_s = min(answer.arrived_s + self._options.timeout_s, self._closes_s)
+            latest_s = min(answer.arrived_s + timeout_s, self._closes_s)
             async with asyncio.timeout_at(latest_s) as deadline:
                 self._deadlines[deadline] = None
                 try:
@@ -292,7 +316,7 @@ class Frontend:
                 finally:
                     del self._deadlines[deadline]
         except Exception as error:
-            explained = self._explain(error)
+            explained = self._explain(error, timeout_s)
             answer.fail(explained)
             await self._refuse(exchange, explained)
 
@@ -300,7 +324,7 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
-                answer.told = stream.timeline
+                answer.record.timeline = stream.timeline
                 at_s = now()
                 events = answer.events(tokens, finish, at_s)
                 if not exchange.is_started:  # not sooner: what fails before the first token has its own status
@@ -314,20 +338,20 @@ class Frontend:
         async with self._backend.generate(answer.request) as stream:
             while not answer.is_complete:
                 tokens, finish = await stream.read()
-                answer.told = stream.timeline
+                answer.record.timeline = stream.timeline
                 texts += answer.take(tokens, finish, now())
         await exchange.respond(200, answer.body("".join(texts)))
 
     # Errors
 
-    def _explain(self, error: Exception) -> PenstockError:
+    def _explain(self, error: Exception, timeout_s: float) -> PenstockError:
         """What is told to the client."""
         if isinstance(error, PenstockError):
             return error
         if isinstance(error, TimeoutError):
             if self._is_draining:
                 return WorkerDraining("this server is shutting down; ask another one")
-            return DeadlineExceeded(f"not done after {self._options.timeout_s:g} s; ask for less at a time")
+            return DeadlineExceeded(f"not done after {timeout_s:g} s; ask for less at a time")
         log.error("a request failed by a fault of this program", exc_info=error)
         return PenstockError(f"a fault of this server: {type(error).__name__}; its log says more")
 
@@ -362,16 +386,22 @@ class Frontend:
         while len(self._records) > 2 * self._options.records:
             self._records.popitem(last=False)
 
+    async def _list_records(self, exchange: Exchange) -> None:
+        """The last ones, the newest first."""
+        records = {record.id: record for record in reversed(self._records.values())}
+        shown = [_head(record) for record in islice(records.values(), LISTED)]
+        await exchange.respond(200, msgspec.json.encode({"requests": shown}))
+
     async def _show_record(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix("/debug/requests/")
-        for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
-            name = name.removeprefix(prefix)
+        name = _without_prefix(exchange.path.removeprefix("/debug/requests/"))
         record = self._records.get(name)
         if record is None:
             raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
         fields = msgspec.structs.asdict(record)
-        if record.timeline is not None:
-            fields["timeline"] = msgspec.structs.asdict(record.timeline)
+        fields["decisions"] = decisions = self._backend.decisions(_without_prefix(record.id))
+        if (timeline := record.timeline) is not None:
+            fields["timeline"] = msgspec.structs.asdict(timeline)
+            fields["compared"] = [part for one in decisions if one.gave_first_token for part in compare(one, timeline)]
         await exchange.respond(200, msgspec.json.encode(fields))
 
     async def _list_models(self, exchange: Exchange) -> None:
@@ -382,7 +412,7 @@ class Frontend:
         await exchange.respond(200, openai.model_body(card, self._since))
 
     def _served(self) -> dict[str, ModelCard]:
-        return {name: card for name, card in self._backend.cards().items() if name in self._tokenizers}
+        return {name: card for name, card in self._backend.cards().items() if (card.base or name) in self._tokenizers}
 
     async def _show_live(self, exchange: Exchange) -> None:
         await exchange.respond(200, b'{"status":"live"}')
@@ -399,6 +429,7 @@ class Frontend:
             "version": __version__,
             "models": list(self._served()),
             "workers": {one.member.worker: one.member.role for one in standings},
+            "stalled": list(self._backend.stalled()),
             "requests": self.metrics.inflight,
         }
         await exchange.respond(200 if status == "ready" else 503, msgspec.json.encode(fields))
@@ -409,7 +440,10 @@ class Frontend:
         return "ready" if self._served() else "no worker"
 
     async def _show_metrics(self, exchange: Exchange) -> None:
-        page = metrics.render(self.metrics, self._backend.standings(), self._pulse.delay_p99_s)
+        backend = self._backend
+        page = metrics.render(
+            self.metrics, backend.standings(), backend.stalled(), backend.index_metrics(), self._pulse.delay_p99_s
+        )
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
 
     async def _show_hints(self, exchange: Exchange) -> None:
@@ -417,6 +451,36 @@ class Frontend:
         models = ", ".join(self._served()) or "no model yet"
         text = f"penstock {__version__} serves {models}, as OpenAI's API does.\n\n{paths}"
         await exchange.respond(200, text.encode(), b"text/plain; charset=utf-8")
+
+
+def _salt(wishes: Constraints) -> str:
+    """What tenants and adapters compute is not for others."""
+    return f"{wishes.tenant} {wishes.adapter}" if wishes.tenant or wishes.adapter else ""
+
+
+def _without_prefix(name: str) -> str:
+    """The request's own id, of which an answer's is made."""
+    for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _head(record: Record) -> dict[str, object]:
+    """What tells one request from another in a list."""
+    timeline = record.timeline or Timeline()
+    return {
+        "id": record.id,
+        "model": record.model,
+        "created": record.created,
+        "state": record.state,
+        "prefill_worker": timeline.prefill_worker,
+        "decode_worker": timeline.decode_worker,
+        "prompt_tokens": timeline.prompt_tokens,
+        "output_tokens": timeline.output_tokens,
+        "first_token_s": timeline.first_token_s,
+        "ended_s": timeline.ended_s,
+        "error": record.error,
+    }
 
 
 def _encode_prompt(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[int]:

@@ -59,9 +59,10 @@ class PrefillAsk(msgspec.Struct, frozen=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """The prefill worker lives; `steps` is its progress counter."""
+    """The prefill worker lives; `steps` and `step_s` tell of its engine's progress as in `cluster.Load`."""
 
     steps: int
+    step_s: float = 0.0
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):

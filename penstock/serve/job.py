@@ -24,6 +24,7 @@ from penstock.serve.handoff import (
     PrefillAsk,
     Switch,
     Switched,
+    Wrote,
     decode_from_decode,
 )
 from penstock.serve.rpc import Call
@@ -48,6 +49,7 @@ class Job:
     error: PenstockError | None = None
     asked_tokens: int = 0
     granted: Granted | None = None
+    told: Wrote | None = None
     is_first_told: bool = False
     is_refused: bool = False
     progress: asyncio.Event = field(default_factory=asyncio.Event)
@@ -105,6 +107,13 @@ class Job:
         if self.first is not None and not self.is_first_told:
             self.is_first_told = True
             self.call.send(First(self.first))
+
+    def tell_progress(self, tokens: int, moved_blocks: int = 0) -> None:
+        """Says how far it is, if that has changed."""
+        wrote = Wrote(tokens, moved_blocks)
+        if wrote != self.told:
+            self.told = wrote
+            self.call.send(wrote)
 
     def ask_ahead(self, run: Run, chunk_tokens: int) -> None:
         """Asks for the blocks of the chunk after the next one, so that the answer is here before it is needed."""

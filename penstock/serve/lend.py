@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,6 +18,7 @@ from penstock.blocks import BlockId
 from penstock.errors import LeaseLost, PenstockError, WorkerStalled
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
+from penstock.policy.liveness import Patience, Watch, watch
 from penstock.request import Hop, Token
 from penstock.serve.handoff import (
     Alive,
@@ -45,20 +46,26 @@ from penstock.serve.stepper import Stepper
 
 log = logging.getLogger(__name__)
 
+_SIDE_BY_SIDE = 2  # writers that may share what is on its way
+
+_METER_S = 0.1
+_PEAK_HALVES_S = 60.0
+_FULL = 0.8
+
 _decode_nothing = msgspec.msgpack.Decoder(None).decode
 
 
 @dataclass(frozen=True, slots=True)
 class LendOptions:
-    """`lease_s` of silence loses a lease; `stall_s` without a step of its engine gives a prefill worker up.
+    """`lease_s` of silence loses a lease; a prefill worker whose engine tries `patience` is given up.
 
     A writer is asked every `settle_retry_s` whether it stopped, and killed after `kill_after_s` without an answer.
     While about `incoming_bytes` are on their way here, of all writers together, no more blocks are granted for copies:
-    enough to keep a fast link busy, and so little that those who came first are soon done.
+    enough to keep a fast link busy, and so little that those who lack least are soon done.
     """
 
     lease_s: float = 5.0
-    stall_s: float = 60.0
+    patience: Patience = field(default_factory=lambda: Patience(idle_s=60.0))
     settle_retry_s: float = 0.5
     kill_after_s: float = 30.0
     incoming_bytes: int = 512 << 20
@@ -83,7 +90,9 @@ class Lender:
         self._stepper = stepper
         self._reclaimer = Reclaimer(leases, shared, endpoint, options, stepper.wake)
         self.layout = shared.region.layout
+        self._window_blocks = options.incoming_bytes // self.layout.block_bytes
         self._lent: dict[int, Borrowing] = {}
+        self.arrivals = Meter()
         stepper.on_starved = self._call_off
 
     def lend(self, borrowing: Borrowing, chunk_tokens: int) -> bool:
@@ -113,21 +122,28 @@ class Lender:
             self._grant(borrowing, lease, borrowing.wanted_blocks)
 
     def share_out(self) -> None:
-        """Grants what writers over the wire wait for, as far as there is room on it: first come, first served."""
-        line = [borrowing for borrowing in self._lent.values() if borrowing.transfer]
+        """Grants what writers over the wire wait for, as far as there is room on it: who lacks least comes first.
+
+        Nobody has more than a part of the room ahead of what is here, and nobody waits for writers that are slow for
+        reasons of their own: only while as much arrives as ever did. Who lacks less than a part does not wait at all.
+        """
+        line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
+        most = self._window_blocks
+        part = max(1, most // min(_SIDE_BY_SIDE, max(1, len(line))))
+        is_full = self.arrivals.is_at_peak(clock.now())
         for borrowing in line:
-            room = max(self.options.incoming_bytes // self.layout.block_bytes - incoming, 0 if incoming else 1)
-            more = min(borrowing.wanted_blocks - borrowing.granted_blocks, room)
+            more, before = borrowing.wanted_blocks - borrowing.granted_blocks, borrowing.incoming_blocks
+            if borrowing.lacking_blocks > part:
+                room = most - incoming if is_full and incoming else part
+                more = min(more, room, part - borrowing.granted_blocks + borrowing.moved_blocks)
             if borrowing.lease is None or more <= 0:
-                if room <= 0:
-                    return
                 continue
             try:
                 self._grant(borrowing, borrowing.lease, borrowing.granted_blocks + more)
             except PenstockError as error:
                 borrowing.call.fail(error)
-            incoming += more
+            incoming += borrowing.incoming_blocks - before
 
     def _grant(self, borrowing: Borrowing, lease: Lease, blocks: int) -> None:
         """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
@@ -164,6 +180,27 @@ class Lender:
         """Decodes need the blocks more than this prefill."""
         if (borrowing := self._lent.get(lease.id)) is not None:
             borrowing.call.fail(LeaseLost(f"lease {lease.id} was called off: running requests need its blocks"))
+
+
+class Meter:
+    """How fast KV arrives here, of all writers together, and how fast it ever did, of which some is forgotten."""
+
+    def __init__(self) -> None:
+        self._since_s = 0.0
+        self._blocks = 0
+        self._peak = 0.0  # blocks per second
+
+    def note(self, now: float, blocks: int) -> None:
+        """So many more are here."""
+        self._blocks += blocks
+        if (passed_s := now - self._since_s) >= _METER_S:
+            kept = 0.5 ** (passed_s / _PEAK_HALVES_S)
+            self._peak = max(self._peak * kept, self._blocks / passed_s)
+            self._since_s, self._blocks = now, 0
+
+    def is_at_peak(self, now: float) -> bool:
+        """Whether it could hardly be faster, as far as is known."""
+        return self._blocks >= _FULL * self._peak * (now - self._since_s - _METER_S)
 
 
 class Reclaimer:
@@ -230,6 +267,8 @@ class Reclaimer:
 class Borrowing:
     """One attempt to have a prompt prefilled at `hop`. `on_first` gets the token after it as soon as that is there."""
 
+    _watch: asyncio.TimerHandle  # for silence; set by _watch_from
+
     def __init__(
         self,
         lender: Lender,
@@ -254,12 +293,16 @@ class Borrowing:
         self._lender = lender
         self._on_first = on_first
         self._is_committed = False
-        self._steps = -1
-        self._progress_s = clock.now()
+        self._engine: Watch | None = None  # the prefill worker's
 
     @property
     def granted_blocks(self) -> int:
         return len(self.lease.blocks) if self.lease is not None else 0
+
+    @property
+    def lacking_blocks(self) -> int:
+        """Of the whole prompt, not here yet."""
+        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.moved_blocks
 
     @property
     def incoming_blocks(self) -> int:
@@ -268,21 +311,17 @@ class Borrowing:
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
-        while True:
-            try:
-                async with asyncio.timeout(self._lender.options.lease_s):
-                    message = await self.call.receive(decode_from_prefill)
-            except TimeoutError:
-                raise WorkerStalled(
-                    f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"
-                ) from None
-            if message is None:
-                raise LeaseLost(f"{self.hop.worker} dropped the prefill")
-            if isinstance(message, Done):
-                return message
-            if isinstance(message, Begin) and not self._begin(message):
-                return None
-            await self._answer(message)
+        self._watch_from(self.call.heard_s)
+        try:
+            while (message := await self.call.receive(decode_from_prefill)) is not None:
+                if isinstance(message, Done):
+                    return message
+                if isinstance(message, Begin) and not self._begin(message):
+                    return None
+                await self._answer(message)
+            raise LeaseLost(f"{self.hop.worker} dropped the prefill")
+        finally:
+            self._watch.cancel()
 
     def commit(self) -> list[BlockId]:
         """The whole block table, owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
@@ -297,6 +336,17 @@ class Borrowing:
         if not self._is_committed:
             self._lender.give_back(self)
 
+    def _watch_from(self, heard_s: float) -> None:
+        """Looks once that is `lease_s` ago: one timer for all that is said meanwhile."""
+        delay_s = heard_s + self._lender.options.lease_s - clock.now()
+        self._watch = asyncio.get_running_loop().call_later(delay_s, self._check_heard_since, heard_s)
+
+    def _check_heard_since(self, heard_s: float) -> None:
+        if self.call.heard_s > heard_s:
+            self._watch_from(self.call.heard_s)
+        else:
+            self.call.fail(WorkerStalled(f"{self.hop.worker} said nothing for {self._lender.options.lease_s:.1f} s"))
+
     def _begin(self, message: Begin) -> bool:
         if self.lease is not None:
             raise LeaseLost(f"{self.hop.worker} began the same prefill twice")
@@ -309,7 +359,7 @@ class Borrowing:
     async def _answer(self, message: FromPrefill) -> None:
         match message:
             case Alive():
-                self._note_progress(message.steps)
+                self._note_beat(message)
             case More() if self.lease is not None:
                 self._lender.grow(self, self.lease, message.tokens)
             case Wrote() if self.lease is not None:
@@ -337,7 +387,9 @@ class Borrowing:
     def _note_moved(self, message: Wrote) -> None:
         self.computed_blocks = self._lender.layout.blocks_for(message.tokens) - len(self.pinned)
         if message.moved > self.moved_blocks:
+            self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved
+            self._engine = None  # blocks arrive: it waits for the wire
             self._lender.share_out()
 
     def _release_held(self) -> None:
@@ -345,9 +397,10 @@ class Borrowing:
         if held:
             self._lender.release(held)
 
-    def _note_progress(self, steps: int) -> None:
-        now = clock.now()
-        if steps != self._steps:
-            self._steps, self._progress_s = steps, now
-        elif now - self._progress_s > self._lender.options.stall_s:
-            raise WorkerStalled(f"the engine of {self.hop.worker} made no step for {now - self._progress_s:.0f} s")
+    def _note_beat(self, beat: Alive) -> None:
+        """It lives; raises WorkerStalled if its engine does not."""
+        patience = self._lender.options.patience
+        self._engine = seen = watch(self._engine, clock.now(), beat.steps, beat.step_s, patience)
+        if seen.is_stalled:
+            still = f"made no step for {seen.still_s:.0f} s, of at most {seen.bound_s:.0f} s"
+            raise WorkerStalled(f"the engine of {self.hop.worker} {still}")

@@ -2,8 +2,8 @@
 
 A request is understood in full or refused with a 400 that names the field: unknown fields, fields of the
 standard that are not implemented here, wrong types and values out of range alike. Beyond the standard there are
-`top_k`, `stop_token_ids`, `ignore_eos`, and `penstock: {"timeline": true}`, which adds the request's timeline to
-the answer. The two ways of asking, chat and plain completion, are two values of `Dialect`.
+`top_k`, `stop_token_ids`, `ignore_eos`, `priority`, and `penstock: {"timeline": true}`, which adds the request's
+timeline to the answer. The two ways of asking, chat and plain completion, are two values of `Dialect`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, where /v1/completions is not told; a chat may fill the context
 MIN_LOGPROB = -9999.0  # JSON has no infinity
+SESSION_CHARS = 256  # of the name of a session that tell it from others
 SEED_MASK = (1 << 63) - 1  # engines take seeds that are not negative
 
 _encode = msgspec.json.Encoder().encode
@@ -48,6 +49,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     is_stream: bool = False
     wants_usage: bool = False  # in a stream
     wants_timeline: bool = False
+    priority: int = 0  # lower first, as in vLLM
+    session: str = ""
     needs: tuple[tuple[str, str], ...] = ()  # (engine feature, field that asks for it)
 
     def sampling(self, max_tokens: int, seed: int) -> Sampling:
@@ -110,7 +113,8 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: _StreamOptions | None = None
     user: str | None = None  # this and the next two are hints that by the standard change no answer
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    prompt_cache_key: str | None = None  # taken for the name of a session
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
     penstock: _Extra | None = None
 
 
@@ -327,6 +331,8 @@ def _ask(
         is_stream=bool(fields.stream),
         wants_usage=fields.stream_options is not None and bool(fields.stream_options.include_usage),
         wants_timeline=fields.penstock is not None and bool(fields.penstock.timeline),
+        priority=fields.priority or 0,
+        session=(fields.prompt_cache_key or "")[:SESSION_CHARS],
         needs=_needs(fields, logprobs),
     )
 

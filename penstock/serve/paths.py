@@ -152,7 +152,7 @@ class Paths:
         return failure is not None and failure.until_s > clock.now()
 
     def _expect_s(self, offer: Offer, blocks: int) -> float:
-        return self._fit(offer).model.seconds(blocks * offer.layout.block_bytes, blocks)
+        return self._fit(offer).seconds(blocks * offer.layout.block_bytes, blocks)
 
     def _fit(self, offer: Offer) -> TransferFit:
         key = (offer.owner, offer.transport)
@@ -235,6 +235,11 @@ class Conduit:
     def moved(self) -> Moved:
         """Over all ways; blocks count from the first one asked for."""
         return _sum(self._before, self._pipe.moved) if self._pipe is not None else self._before
+
+    @property
+    def moved_blocks(self) -> int:
+        """That part of `moved`."""
+        return self._before.blocks + (self._pipe.moved.blocks if self._pipe is not None else 0)
 
     @property
     def is_at_rest(self) -> bool:

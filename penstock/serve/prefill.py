@@ -17,7 +17,7 @@ from penstock.cluster import Member
 from penstock.engine.api import Engine
 from penstock.errors import BadRequest, Overloaded, StaleEpoch, WorkerDraining
 from penstock.kv.prefix_cache import PrefixCache
-from penstock.serve.handoff import Alive, Begin, PrefillAsk, Wrote, decode_prefill_ask, decode_settle_ask
+from penstock.serve.handoff import Alive, Begin, PrefillAsk, decode_prefill_ask, decode_settle_ask
 from penstock.serve.job import Job
 from penstock.serve.mappings import Mappings
 from penstock.serve.paths import Paths
@@ -147,7 +147,7 @@ class Prefiller:
     async def _say_alive(self, job: Job) -> None:
         while True:
             await asyncio.sleep(job.ask.alive_s)
-            job.call.send(Alive(self._stepper.steps))
+            job.call.send(Alive(self._stepper.steps, self._stepper.call_s))
 
     # In place
 
@@ -170,7 +170,7 @@ class Prefiller:
                 job.ask_ahead(run, self._options.chunk_tokens)
                 await job.wait_progress()
                 self._use_grants(job, run)
-                job.call.send(Wrote(run.computed))
+                job.tell_progress(run.computed)
             job.tell_first()
         finally:
             await self._stop(run)

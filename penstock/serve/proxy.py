@@ -281,23 +281,23 @@ class Proxy:
     def _choose(self, passage: _Passage) -> tuple[Server, list[Server]]:
         """Who answers and who may prefill for it, best first; books. Raises NoWorker."""
         roster, request = passage.roster, passage.request
-        roster.fleet(passage.tried)  # raises NoWorker if nobody is left
+        roster.fleet(now(), passage.tried)  # raises NoWorker if nobody is left
         ask, found = roster.ask(request)
         choice = self._decide(passage, ask)
         if roster.corrects(ask, found, choice):
             choice = self._decide(passage, ask)
-        roster.book(request.id, ask, found, choice)
+        roster.book(request.id, ask, found, choice, now())
         log.debug("request %s: %s", passage.exchange.name, choice.why)
         servers = self._attached.servers
         return servers[choice.decode], [servers[name] for name in choice.prefill]
 
     def _decide(self, passage: _Passage, ask: Ask) -> Choice:
         """Raises NoWorker."""
-        fleet = passage.roster.fleet(passage.tried, self._attached.avoided())
+        fleet = passage.roster.fleet(now(), passage.tried, self._attached.avoided())
         choice = self._policy(now(), ask, fleet, self._rng)
         if self._can_serve(choice):
             return choice
-        fleet = passage.roster.fleet(passage.tried)
+        fleet = passage.roster.fleet(now(), passage.tried)
         choice = handing_over("sglang", fleet, fleet.queued_tokens + ask.uncached_tokens, fleet.streams, self._rng)
         if not self._can_serve(choice):
             raise NoWorker("SGLang needs a prefill server and a decode server, and there are none of one kind")
@@ -479,14 +479,13 @@ class Proxy:
         await exchange.respond(200 if status == "ready" else 503, msgspec.json.encode(fields))
 
     async def _show_metrics(self, exchange: Exchange) -> None:
-        page = metrics.render(
-            self.metrics, self._attached.standings(), self._pulse.delay_p99_s, list(self._of_servers())
-        )
+        standings, index = self._attached.standings(), metrics.IndexMetrics()
+        index.blocks = {name: server.indexed_blocks for name, server in self._attached.servers.items()}
+        page = metrics.render(self.metrics, standings, (), index, self._pulse.delay_p99_s, self._of_servers())
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
 
     def _of_servers(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("penstock_server_up", "Whether a server is in the fleet", labels=["worker"])
-        blocks = GaugeMetricFamily("penstock_indexed_blocks", "Blocks that KV events tell of", labels=["worker"])
         answers = CounterMetricFamily("penstock_server_answers", "Answers by this server", labels=["worker"])
         events = CounterMetricFamily(
             "penstock_kv_event_messages",
@@ -495,11 +494,10 @@ class Proxy:
         )
         for name, server in self._attached.servers.items():
             up.add_metric([name], server.standing is not None)
-            blocks.add_metric([name], server.indexed_blocks)
             answers.add_metric([name], self._answers.get(name, 0))
             for fate, times in asdict(server.counts).items():
                 events.add_metric([name, fate], times)
-        yield from (up, blocks, answers, events)
+        yield from (up, answers, events)
 
 
 def _describe(server: Server) -> dict[str, object]:

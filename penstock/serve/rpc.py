@@ -5,8 +5,9 @@ A call is opened with a method and a body; then both sides send items until the 
 costs one frame per frontend, however many streams it feeds.
 
 Frames are numbered. One that comes twice is ignored, one that comes early waits, and a gap that stays open ends the
-connection: what is built on calls sees every message once and in order, or ConnectionLost. A connection with open
-calls beats once a second and ends when the other side is silent for `silence_s`, so a frozen peer is noticed.
+connection: what is built on calls sees every message once and in order, or ConnectionLost. A side with open
+calls that said nothing for a second beats, and a connection ends when the other side is silent for `silence_s`, so a
+frozen peer is noticed.
 """
 
 from __future__ import annotations
@@ -65,12 +66,13 @@ class RpcOptions:
 class Call:
     """One end of a call. The caller uses it as `async with`; leaving the block cancels what still runs."""
 
-    __slots__ = ("_down", "_ended", "_error", "_id", "_items", "_peer", "_waiter", "body", "method", "task")
+    __slots__ = ("_down", "_ended", "_error", "_id", "_items", "_peer", "_waiter", "body", "heard_s", "method", "task")
 
     def __init__(self, peer: Peer, call_id: int, method: str, body: msgspec.Raw, is_caller: bool) -> None:
         self.method = method
         self.body = body
         self.task: asyncio.Task[None] | None = None  # the handler's, on the callee's side
+        self.heard_s = clock.now()  # when the other side said something last
         self._peer = peer
         self._id = call_id
         self._down = UP if is_caller else DOWN
@@ -131,6 +133,7 @@ class Call:
 
     def deliver(self, item: msgspec.Raw) -> None:
         """Called by Peer."""
+        self.heard_s = self._peer.heard_s
         self._items.append(item)
         self._wake()
 
@@ -175,12 +178,12 @@ class Peer:
         self._served: dict[int, Call] = {}
         self._last_call_id = 0
         self._outbox: list[Message] = []
-        self._sent = 0
+        self._sent = self._sent_at_beat = 0
         self._received = 0
         self._early: dict[int, list[Message]] = {}
         self._gap: asyncio.TimerHandle | None = None
         self._beat: asyncio.TimerHandle | None = None
-        self._heard_s = clock.now()
+        self.heard_s = clock.now()
         connection.on_frame(self._on_frame, self._on_connection_end)
 
     def call(self, method: str, body: object) -> Call:
@@ -244,7 +247,7 @@ class Peer:
     def _on_frame(self, data: bytes) -> None:
         if not self.is_open:
             return
-        self._heard_s = clock.now()
+        self.heard_s = clock.now()
         try:
             number, messages = _decode_frame(data)
         except msgspec.DecodeError as error:
@@ -312,19 +315,20 @@ class Peer:
 
     def _keep_beating(self) -> None:
         if self._beat is None:
-            self._heard_s = clock.now()
+            self.heard_s = clock.now()
             self._beat = self._loop.call_later(self._options.beat_s, self._on_beat)
 
     def _on_beat(self) -> None:
         self._beat = None
         if not self._made and not self._served:
             return
-        silent_s = clock.now() - self._heard_s
+        silent_s = clock.now() - self.heard_s
         if silent_s > self._options.silence_s:
             self.close(f"it said nothing for {silent_s:.1f} s while calls were open")
             return
-        if not self._outbox:
+        if self._sent == self._sent_at_beat and not self._outbox:
             self._send([])
+        self._sent_at_beat = self._sent
         self._beat = self._loop.call_later(self._options.beat_s, self._on_beat)
 
 

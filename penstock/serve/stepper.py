@@ -23,7 +23,7 @@ from penstock.errors import OutOfBlocks, PenstockError
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.batching import Batch, Limits, Want, plan_step
-from penstock.policy.latency.steps import StepFit, Work, chunk, decode
+from penstock.policy.latency.steps import StepFit, StepModel, Work, chunk, decode
 from penstock.request import Sampling, Token
 from penstock.tokens import Tokens
 
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _PACE_OBSERVATIONS = 16  # between two looks at what the fit has learned
 _UNSURE = 0.5  # a rate that may be off by more than this part of it is not reported
+_LEAST_CALL_S = 1e-3  # that a call is said to take: none at all would mean that there is no call
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +86,8 @@ class Stepper:
         self.busy_s = 0.0
         self.span_s = 0.0  # from the end of the first of the last steps to that of the last
         self.preemptions = 0
+        self.computed_tokens = 0  # of prompts
+        self.prefills = 0
         self.on_starved: Callable[[Lease], None] = lambda lease: None  # the decoder calls the youngest lease off
         self._engine = engine
         self._multi_step = engine if isinstance(engine, MultiStepEngine) else None
@@ -99,8 +102,10 @@ class Stepper:
         self._waiting: list[Run] = []
         self._guests: list[Run] = []
         self._in_step: list[Run] = []
+        self._call: tuple[list[tuple[Run, int]], int] | None = None  # what it computes, in how many steps at most
         self._after_step: list[Callable[[], None]] = []
         self._guests_turn = False
+        self._step_tokens = 0  # of prompts, in the step in progress
         self._is_multi_step = False
         self._wake = asyncio.Event()
 
@@ -110,6 +115,20 @@ class Stepper:
         if self._fit.observations >= self._pace_due:
             self._pace, self._pace_due = self._estimate(), self._fit.observations + _PACE_OBSERVATIONS
         return self._pace
+
+    @property
+    def call_s(self) -> float:
+        """What the engine's call in progress should take, from its beginning to its end; 0: there is none.
+
+        `steps` stands still for as long, since it counts all steps of a call when they have been made.
+        """
+        if self._call is None:
+            return 0.0
+        chosen, steps = self._call
+        prices = self.pace.step_prices
+        predicted_s = StepModel.of(prices).seconds(_work_of(chosen, steps)) if prices else 0.0
+        mean_s = self.busy_s / self.steps if self.steps else 0.0
+        return max(_LEAST_CALL_S, steps * max(predicted_s, mean_s))
 
     @property
     def running(self) -> int:
@@ -141,9 +160,13 @@ class Stepper:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens yet to be computed here."""
+        """Prompt tokens yet to be computed here. Those of the step in progress count as done as far as it should be."""
         prefilling = (run.pending for run in (*self._running, *self._waiting, *self._guests))
-        return sum(pending for pending in prefilling if pending > 1)
+        queued = sum(pending for pending in prefilling if pending > 1)
+        if not self._step_tokens:
+            return queued
+        done = min(1.0, (clock.now() - self._free_s) / self._fit.model.seconds(chunk(self._step_tokens)))
+        return max(0, queued - int(done * self._step_tokens))
 
     def wait_for_turn(self, run: Run) -> None:
         """Queues an own sequence that holds no blocks."""
@@ -267,6 +290,8 @@ class Stepper:
         """How many steps from this one on will be like it, and have blocks. Takes these blocks."""
         if self._multi_step is None or self._guests or len(chosen) < len(self._running):
             return 1
+        if self.steps == 0:  # one has to be seen, to know how long several may take
+            return 1
         steps = min(1 if run.may_stop or run.pending > 1 else run.most_tokens - len(run.tokens) for run, _ in chosen)
         room = self._cache.available - self._leases.promised_blocks
         blocks_for = self._region.layout.blocks_for
@@ -282,7 +307,8 @@ class Stepper:
 
     async def _compute(self, chosen: list[tuple[Run, int]]) -> None:
         steps = self._count_alike(chosen)
-        self._in_step = [run for run, _ in chosen]
+        self._in_step, self._call = [run for run, _ in chosen], (chosen, steps)
+        self._step_tokens = sum(tokens for _, tokens in chosen if tokens > 1)
         step = Step(chosen[0][0].region, [_slice(*each) for each in chosen])
         try:
             results = await self._ask_engine(step, steps)
@@ -297,6 +323,7 @@ class Stepper:
         made = len(results[0]) if steps > 1 else 1
         # From the end of the step before, if that came at once: planning and handing out results take time as well.
         started_s, self._free_s = self._free_s, clock.now()
+        self.computed_tokens += self._step_tokens
         self._measure(chosen, made, self._free_s - started_s)
         left = self._land()
         for (run, tokens), sampled in zip(chosen, results, strict=True):
@@ -318,7 +345,7 @@ class Stepper:
         """The step is over: runs that left meanwhile let go of their blocks. Returns those runs."""
         present = (*self._running, *self._waiting, *self._guests)
         left = [run for run in self._in_step if run not in present] if self._after_step else []
-        self._in_step = []
+        self._in_step, self._call, self._step_tokens = [], None, 0
         callbacks, self._after_step = self._after_step, []
         for then in callbacks:
             then()
@@ -329,9 +356,8 @@ class Stepper:
         self.steps += steps
         self.busy_s += seconds
         self.span_s = seconds * (steps - 1) / steps
-        later = (steps - 1) / 2
-        work = _work([(tokens, run.computed + later) for run, tokens in chosen])
-        self._fit.observe(work, seconds / steps)
+        self.prefills += sum(tokens > 1 and tokens == run.pending for run, tokens in chosen)
+        self._fit.observe(_work_of(chosen, steps), seconds / steps)
 
     def _estimate(self) -> Pace:
         model = self._fit.model
@@ -343,6 +369,12 @@ class Stepper:
             step.seconds if step.error_s < _UNSURE * step.seconds else 0.0,
             model.prices,
         )
+
+
+def _work_of(chosen: Sequence[tuple[Run, int]], steps: int) -> Work:
+    """The mean of as many steps, which are alike but for contexts that grow."""
+    later = (steps - 1) / 2
+    return _work([(tokens, run.computed + later) for run, tokens in chosen])
 
 
 def _work(parts: Sequence[tuple[int, float]]) -> Work:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from penstock.errors import (
     UnknownModel,
     WorkerDraining,
     WorkerLost,
+    WorkerStalled,
 )
 from penstock.request import Finish, Plan, Progress, Request, Timeline, Token
 from penstock.serve.decode import GenerateAsk, Output, decode_output
@@ -58,12 +60,20 @@ class Choices(Protocol):
     options: StreamOptions
     endpoint: Endpoint
 
+    def admitted(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """Entered when it is the request's turn, to be routed at once. Raises Overloaded, DeadlineExceeded."""
+        ...
+
     def route(self, request: Request, avoid: Mapping[str, int]) -> tuple[Standing, Plan]:
         """Chooses and books. Raises NoWorker, UnknownModel."""
         ...
 
     def prefilled(self, request: Request) -> None:
         """The first token came."""
+        ...
+
+    def moved(self, request: Request) -> None:
+        """The second token came."""
         ...
 
     def release(self, request: Request) -> None:
@@ -100,9 +110,15 @@ class Stream:
         self._attempts = 0  # at it, that failed
         self._failures: list[str] = []
         self._moves = 0
+        self._frames = 0  # of tokens, from the present worker
         self._first: Timeline | None = None  # as it was when the worker that gave the first token was lost
         self.timeline: Timeline | None = None
         self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
+
+    @property
+    def request(self) -> Request:
+        """As it came."""
+        return self._request
 
     @property
     def worker(self) -> str:
@@ -110,8 +126,9 @@ class Stream:
         return self._standing.member.worker
 
     async def start(self) -> None:
-        """Opens the call on the chosen worker, or the next one that can be reached."""
-        self._choose()
+        """Waits for its turn, and opens the call on the chosen worker, or the next one that can be reached."""
+        async with self._router.admitted(self._request):
+            self._choose()
         await self._open()
 
     async def read(self) -> tuple[list[Token], Finish | None]:
@@ -119,7 +136,7 @@ class Stream:
         while True:
             try:
                 return self._take(await self._receive())
-            except (ConnectionLost, WorkerLost, WorkerDraining, Overloaded) as error:
+            except (ConnectionLost, WorkerLost, WorkerStalled, WorkerDraining, Overloaded) as error:
                 await self.close()
                 await self._replace(error)
                 await self._open()
@@ -131,10 +148,10 @@ class Stream:
             call, self._call = self._call, None
             await call.__aexit__(None, None, None)
 
-    def move(self) -> None:
-        """Its worker is about to leave, and another one is there."""
+    def move(self, why: WorkerDraining | WorkerStalled) -> None:
+        """Another worker is there, and this one is about to leave, or stands still."""
         if self._call is not None:
-            self._call.fail(WorkerDraining(f"{self.worker} is draining"))
+            self._call.fail(why)
 
     def _choose(self) -> None:
         self._standing, self._plan = self._router.route(self._so_far(), self._tried)
@@ -207,7 +224,7 @@ class Stream:
             try:
                 peer = await self._router.endpoint.peer(self._standing.member.addresses)
                 self._call = peer.call("generate", GenerateAsk(self._so_far(), self._plan))
-                self._sent_s = clock.now()
+                self._sent_s, self._frames = clock.now(), 0
             except ConnectionLost as error:
                 self._router.release(self._request)
                 await self._replace(error)
@@ -221,15 +238,19 @@ class Stream:
         return outputs
 
     def _take(self, outputs: list[Output]) -> tuple[list[Token], Finish | None]:
-        if not self._output:
+        if self._frames == 0:
             self._router.prefilled(self._request)
+        elif self._frames == 1:
+            self._router.moved(self._request)
+        self._frames += 1
         tokens = [token for output in outputs for token in output.tokens]
         self._output += pack([token.id for token in tokens])
         self._attempts = 0
         self._tried.clear()
         self.over_s = sum(output.over_s for output in outputs)
-        if (so_far := outputs[0].so_far) is not None:
-            self.timeline = self._shift(so_far)
+        for output in outputs:
+            if output.so_far is not None:
+                self.timeline = self._shift(output.so_far)
         if (finish := outputs[-1].finish) is not None:
             self.timeline = self._shift(finish.timeline)
             finish = msgspec.structs.replace(finish, timeline=self.timeline)

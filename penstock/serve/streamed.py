@@ -18,7 +18,7 @@ from penstock.blocks import BlockId, Region
 from penstock.errors import ConnectionLost, Refused
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Token
-from penstock.serve.handoff import Begin, Wrote
+from penstock.serve.handoff import Begin
 from penstock.serve.job import Job
 from penstock.serve.paths import Conduit, Paths
 from penstock.serve.resident import Resident
@@ -113,7 +113,7 @@ class Streamer:
     async def _wait_progress(self, job: Job, run: Run, conduit: Conduit) -> None:
         await job.wait_progress()
         conduit.check()
-        job.call.send(Wrote(run.computed, conduit.moved.blocks))
+        job.tell_progress(run.computed, conduit.moved_blocks)
 
     # A prefix that the asker alone holds
 
@@ -135,8 +135,8 @@ class Streamer:
                 conduit.read(pairs)
                 await conduit.flush()
             await job.release()
-            for (block, _), digest in zip(pairs, resident.hashes[len(found) :], strict=False):
-                self._cache.publish(block, digest)
+            for index, (block, _) in enumerate(pairs, len(found)):
+                resident.publish_block(index, block)
             return len(pairs) * size
         except (ConnectionLost, Refused) as error:
             log.info("a prefix of %s is computed, since it cannot be fetched: %s", job.ask.request, error)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import selectors
-from asyncio import events
 from collections.abc import Callable, Coroutine, Mapping
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, NoReturn, TypeVar
 
 from penstock import clock
@@ -51,6 +50,43 @@ class _NoSelector(selectors.BaseSelector):
         raise NotVirtual("the virtual loop has no selector")
 
 
+class _Turn:
+    """What is to be called, now or at `when_s`. Offers what asyncio's handles do, and traces nothing for debugging."""
+
+    __slots__ = ("_loop", "args", "callback", "context", "is_cancelled", "when_s")
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        when_s: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: Context | None,
+    ) -> None:
+        self._loop = loop
+        self.when_s = when_s
+        self.callback = callback
+        self.args = args
+        self.context = copy_context() if context is None else context
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self.callback, self.args = _nothing, ()
+            self._loop.note_cancelled()
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.when_s
+
+
+def _nothing() -> None:
+    """Stands where something was that nobody should keep alive."""
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Starts at time 0."""
 
@@ -58,23 +94,34 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(_NoSelector())
         self._now_s = 0.0
         self._order = 0
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Turn]] = []
         self._cancelled = 0  # timers that may still be among them
 
     def time(self) -> float:
         return self._now_s
 
+    def host_time(self) -> float:
+        """As the clock of the host that now runs has it."""
+        return self._now_s + skew_s.get()
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> _Turn:
+        turn = _Turn(self, self._now_s, callback, args, context)
+        self._ready.append(turn)  # type: ignore[attr-defined]
+        return turn
+
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        handle = events.TimerHandle(when, callback, args, self, context)
+    ) -> _Turn:
+        turn = _Turn(self, when, callback, args, context)
         self._order += 1
-        heapq.heappush(self._timers, (when, self._order, handle))
-        return handle
+        heapq.heappush(self._timers, (when, self._order, turn))
+        return turn
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> _Turn:
         return self.call_at(self._now_s + delay, callback, *args, context=context)
 
     def _run_once(self) -> None:
@@ -82,25 +129,30 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         ready = self._ready  # type: ignore[attr-defined]
         timers = self._timers
         if not ready:
-            while timers and timers[0][2].cancelled():
+            while timers and timers[0][2].is_cancelled:
                 heapq.heappop(timers)
             if not timers:
                 raise Deadlock(f"nothing is ready and no timer is set at {self._now_s:.6f} s\n{self._who_waits()}")
             self._now_s = max(self._now_s, timers[0][0])
             while timers and timers[0][0] <= self._now_s:
-                handle = heapq.heappop(timers)[2]
-                if not handle.cancelled():
-                    ready.append(handle)
+                turn = heapq.heappop(timers)[2]
+                if not turn.is_cancelled:
+                    ready.append(turn)
         for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle.cancelled():
-                handle._run()
+            turn = ready.popleft()
+            if not turn.is_cancelled:
+                try:
+                    turn.context.run(turn.callback, *turn.args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.call_exception_handler({"message": f"{turn.callback} failed", "exception": error})
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+    def note_cancelled(self) -> None:
         """Cancelled timers are skipped when their time comes, or swept out once they are the most."""
         self._cancelled += 1
         if self._cancelled > _MOST_CANCELLED and 2 * self._cancelled > len(self._timers):
-            self._timers = [timer for timer in self._timers if not timer[2].cancelled()]
+            self._timers = [timer for timer in self._timers if not timer[2].is_cancelled]
             heapq.heapify(self._timers)
             self._cancelled = 0
 
@@ -141,7 +193,6 @@ def _awaits(task: asyncio.Task[Any]) -> str:
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """Runs `main` to its end in virtual time. Raises Deadlock if it can never get there."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        time = runner.get_loop().time
-        with clock.virtual(lambda: time() + skew_s.get()):
-            return runner.run(main)
+    loop = VirtualLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner, clock.virtual(loop.host_time):
+        return runner.run(main)

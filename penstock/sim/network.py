@@ -130,11 +130,15 @@ class Flow:
 
     async def wait_sent(self, size_bytes: float) -> None:
         """Returns once so many bytes, counted from the first one written, have arrived. Raises ConnectionLost."""
-        await self._network.wait_sent(self, size_bytes)
+        await self._network.sent(self, size_bytes)
+
+    def sent(self, size_bytes: float) -> asyncio.Future[None]:
+        """The same to be told of: done when `wait_sent` would return, with what it would raise."""
+        return self._network.sent(self, size_bytes)
 
     async def wait_done(self) -> None:
         """Returns once all that was written before this call has arrived. Raises ConnectionLost."""
-        await self._network.wait_sent(self, self.written_bytes)
+        await self._network.sent(self, self.written_bytes)
 
     def cancel(self, why: str = "the transfer was cancelled") -> None:
         """What has not arrived never will; who waits for it gets ConnectionLost. Does nothing the second time."""
@@ -219,18 +223,20 @@ class Network:
             self._plan_next(flow)
             self._set_alarm()
 
-    async def wait_sent(self, flow: Flow, size_bytes: float) -> None:
+    def sent(self, flow: Flow, size_bytes: float) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[None] = loop.create_future()
         if flow._lost is not None:
-            raise ConnectionLost(flow._lost)
-        if size_bytes <= flow.sent_bytes(asyncio.get_running_loop().time()):
-            return
-        told = asyncio.get_running_loop().create_future()
-        self._order += 1
-        heappush(flow._waiters, (size_bytes, self._order, told))
-        if size_bytes < flow._goal_bytes:
-            self._plan_next(flow)
-            self._set_alarm()
-        await told
+            told.set_exception(ConnectionLost(flow._lost))
+        elif size_bytes <= flow.sent_bytes(loop.time()):
+            told.set_result(None)
+        else:
+            self._order += 1
+            heappush(flow._waiters, (size_bytes, self._order, told))
+            if size_bytes < flow._goal_bytes:
+                self._plan_next(flow)
+                self._set_alarm()
+        return told
 
     def cancel(self, flow: Flow, why: str) -> None:
         if flow._lost is not None:

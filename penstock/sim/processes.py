@@ -78,6 +78,7 @@ class Process:
     worker: Worker
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    is_up: bool = False  # it has a load to tell of
 
 
 class Processes:
@@ -190,6 +191,8 @@ class Processes:
             process.worker.check_integrity()
 
     def _busy(self, name: str) -> str:
+        if not self._living[name].is_up:
+            return f"{name} is about to start"
         load = self._living[name].worker.load()
         if load.free_blocks == load.blocks and not (load.running or load.waiting or load.leased_blocks):
             return ""
@@ -220,6 +223,7 @@ class Processes:
         timing = self._timing
         try:
             async with process.worker as worker:
+                process.is_up = True
                 joining = stay_joined(worker.endpoint, (FRONTEND,), worker.standing, timing.report_s)
                 await worker.serve(joining, process.leave, lambda: timing.grace_s)
         finally:

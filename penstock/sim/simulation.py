@@ -195,7 +195,7 @@ class Simulation:
             now = clock.now()
             passed_s, self._sampled_s = now - self._sampled_s, now
             if passed_s > 0:
-                living = self._processes.living.items()
+                living = [(name, process) for name, process in self._processes.living.items() if process.is_up]
                 workers = [(name, self._worker_sample(name, process, passed_s)) for name, process in living]
                 links = [(name, self._link_sample(link, passed_s)) for name, link in self._links.links.items()]
                 self._recorder.sample(now, workers, links)

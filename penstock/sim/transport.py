@@ -186,15 +186,16 @@ class _Pipe:
         self._on_moved = on_moved
         self._why = ""  # it was closed
         self._latency_s = 0.0
+        self._block_bytes = source.layout.block_bytes
         self._ways: dict[bool, _Way] = {}  # to the owner, and from there
         self._busy_s = 0.0
         self._began_s: float | None = None  # when there was something to move, after there was nothing
 
     @property
     def moved(self) -> Moved:
-        written = self._ways[True].landed_blocks if True in self._ways else 0
-        blocks = sum(way.landed_blocks for way in self._ways.values())
-        return Moved(written, blocks * self._source.layout.block_bytes, self._busy_s, blocks)
+        landed = {is_write: way.landed_blocks for is_write, way in self._ways.items()}
+        blocks = sum(landed.values())
+        return Moved(landed.get(True, 0), blocks * self._block_bytes, self._busy_s, blocks)
 
     def write(self, blocks: Sequence[tuple[BlockId, BlockId]]) -> None:
         self._move(True, list(blocks))
@@ -243,40 +244,45 @@ class _Pipe:
 
 
 class _Way:
-    """One direction of a pipe. `on_landed` is called batch by batch."""
+    """One direction of a pipe. `on_landed` is called for each piece of what is added: where bytes land, a block."""
 
     def __init__(self, flow: Flow, source: Region, target: Region, on_landed: Callable[[], None]) -> None:
         self._flow = flow
         self._source = source
         self._target = target
         self._on_landed = on_landed
-        self._batches: deque[list[tuple[BlockId, BlockId]]] = deque()
-        self._landing: asyncio.Task[None] | None = None
+        self._pieces: deque[list[tuple[BlockId, BlockId]]] = deque()  # under way
+        self._landed = asyncio.Event()  # nothing is under way
+        self._landed.set()
+        self._block_bytes = source.layout.block_bytes
         self._stored_blocks = 0
-        self._due_bytes = 0  # with the block, or the batch, that lands next
+        self._due_bytes = 0  # with the piece that lands next
 
     @property
     def landed_blocks(self) -> int:
         if self._target.buffer is not None:
             return self._stored_blocks
-        return int(self._flow.sent_bytes(clock.now()) + HALF_A_BYTE) // self._source.layout.block_bytes
+        return int(self._flow.sent_bytes(clock.now()) + HALF_A_BYTE) // self._block_bytes
 
     @property
     def is_idle(self) -> bool:
-        return not self._batches
+        return not self._pieces
 
     def add(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
-        self._batches.append(blocks)
-        self._flow.write(len(blocks) * self._source.layout.block_bytes)
-        self._landing = self._landing or asyncio.ensure_future(self._land())
+        lands = self._target.buffer is not None
+        self._pieces.extend([[pair] for pair in blocks] if lands else [blocks])
+        self._flow.write(len(blocks) * self._block_bytes)
+        if self._landed.is_set():
+            self._landed.clear()
+            self._expect_next()
 
     async def wait_landed(self, owner: str) -> None:
         """Returns when nothing is under way, or none will arrive. Raises ConnectionLost if for long no byte moves."""
         sent = -1.0
-        while self._landing is not None:
+        while not self._landed.is_set():
             try:
                 async with asyncio.timeout(STALLED_S):
-                    await asyncio.shield(self._landing)
+                    await self._landed.wait()
             except TimeoutError:
                 before, sent = sent, self._flow.sent_bytes(asyncio.get_running_loop().time())
                 if sent <= before:
@@ -285,26 +291,27 @@ class _Way:
     def close(self, why: str) -> None:
         self._flow.cancel(why)
 
-    async def _land(self) -> None:
-        try:
-            while self._batches:
-                await self._land_batch(self._batches[0])
-                self._batches.popleft()
-                self._on_landed()
-        except ConnectionLost:
-            pass  # who closed the pipe knows why
-        self._landing = None
+    def _expect_next(self) -> None:
+        self._due_bytes += len(self._pieces[0]) * self._block_bytes
+        self._flow.sent(self._due_bytes).add_done_callback(self._land)
 
-    async def _land_batch(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
-        """Puts each block into memory when its last byte is there."""
-        source, target, size = self._source.buffer, self._target.buffer, self._source.layout.block_bytes
+    def _land(self, sent: asyncio.Future[None]) -> None:
+        """The next piece has arrived, or never will: who closed the pipe knows why."""
+        if sent.exception() is not None:
+            self._landed.set()
+            return
+        self._store(self._pieces.popleft())
+        self._on_landed()
+        if self._pieces:
+            self._expect_next()
+        else:
+            self._landed.set()
+
+    def _store(self, blocks: list[tuple[BlockId, BlockId]]) -> None:
+        source, target, size = self._source.buffer, self._target.buffer, self._block_bytes
         if source is None or target is None:
-            self._due_bytes += len(blocks) * size
-            await self._flow.wait_sent(self._due_bytes)
             return
         for here, there in blocks:
-            self._due_bytes += size
-            await self._flow.wait_sent(self._due_bytes)
             target[there * size : (there + 1) * size] = source[here * size : (here + 1) * size]
             self._stored_blocks += 1
 

@@ -7,17 +7,12 @@ links serve one worker; a worker that shares some of another's gets their bundle
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-
-import numpy as np
-from numpy.typing import NDArray
 
 from penstock.fabric import Fabric
+from penstock.policy.routing.ways import Climber, Rung
 from penstock.sim.network import Link, Network
-
-Floats = NDArray[np.float64]
 
 LOCAL_S = 5e-6  # to move nothing between workers on one device
 
@@ -40,9 +35,7 @@ class Wiring:
         self._places: dict[str, tuple[str, ...]] = {}
         self._worker_at: dict[str, str] = {}  # by its first device
         self._bundles: dict[int, Link] = {}  # by the number of each link in the fabric
-        self._is_tree = all(link.way != "across" for link in fabric.links)
-        self._climbs: dict[tuple[str, str], tuple[int, ...]] = {}
-        self._prices: dict[Hashable, tuple[float, float]] = {}
+        self._climber = Climber(fabric)
         self._routes: dict[tuple[tuple[str, ...], tuple[str, ...]], Route] = {}
 
     def place(self, worker: str, devices: tuple[str, ...]) -> None:
@@ -59,31 +52,9 @@ class Wiring:
             known = self._routes[key] = self._find(*key)
         return known
 
-    def prices(self, source: str, targets: Sequence[str]) -> tuple[Floats, Floats]:
-        """What routers ask: seconds to start and seconds per byte between idle workers, named by their devices."""
-        prices = [self._price(self._worker_at[source], self._worker_at[target]) for target in targets]
-        return np.array([start_s for start_s, _ in prices]), np.array([byte_s for _, byte_s in prices])
-
-    def _price(self, source: str, target: str) -> tuple[float, float]:
-        """That of a pair which is like this one, if one was asked for: in a large cluster there are few kinds."""
-        places = self._places[source], self._places[target]
-        kind = self._kind(*places) if self._is_tree else places
-        if (known := self._prices.get(kind)) is None:
-            route = self.route(source, target)
-            known = self._prices[kind] = route.latency_s, 1 / route.bytes_per_s if route.links else 0.0
-        return known
-
-    def _kind(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> Hashable:
-        """Equal for pairs whose ways up to what they have in common are alike."""
-        common = self._fabric.lowest_common_domain(sources[0], targets[0])
-        return self._climb(sources, common), self._climb(targets, common), self._fabric.shape(common)
-
-    def _climb(self, devices: tuple[str, ...], common: str) -> tuple[int, ...]:
-        key = devices[0], common
-        if (known := self._climbs.get(key)) is None:
-            chain = takewhile(lambda name: name != common, (devices[0], *self._fabric.failure_domains(devices[0])))
-            known = self._climbs[key] = (len(devices), *(self._fabric.shape(name) for name in chain))
-        return known
+    def climb(self, device: str) -> Sequence[Rung]:
+        """What routers ask of the worker on that device."""
+        return self._climber.climb(self._places[self._worker_at[device]])
 
     def _find(self, sources: Sequence[str], targets: Sequence[str]) -> Route:
         ranks = max(len(sources), len(targets))

@@ -9,7 +9,7 @@ run_virtual(story())
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -19,11 +19,13 @@ from penstock.cluster import Role
 from penstock.engine.simulated import Options as EngineOptions
 from penstock.engine.simulated import expected_tokens
 from penstock.errors import PenstockError
+from penstock.metrics import QueueMetrics
 from penstock.policy.latency.transfers import over
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Route
-from penstock.request import Finish, Request, Sampling
-from penstock.serve.router import Router
+from penstock.request import Constraints, Finish, Request, Sampling
+from penstock.serve.kv_watch import NewFeed
+from penstock.serve.router import FEEDS, Router, ServiceOptions
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.faults import FAIR, MortalEngine, Weather
 from penstock.sim.network import Network
@@ -88,7 +90,13 @@ class World(Processes):
     """Used as `async with`; then `ask`, and the verbs of misfortune."""
 
     def __init__(
-        self, seed: int = 0, shape: Shape = Shape(), weather: Weather = FAIR, policy: Route = pairs.route
+        self,
+        seed: int = 0,
+        shape: Shape = Shape(),
+        weather: Weather = FAIR,
+        policy: Route = pairs.route,
+        service: ServiceOptions = ServiceOptions(),
+        feeds: Mapping[str, NewFeed] = FEEDS,
     ) -> None:
         self.shape = shape
         self.rng = Random(seed)
@@ -100,7 +108,8 @@ class World(Processes):
             for name in (shape.ways if shape.is_streamed else ())
         }
         self._requests = 0
-        new_router = partial(Router, policy=policy)
+        self.queue = QueueMetrics()
+        new_router = partial(Router, policy=policy, service=service, queued=self.queue, feeds=feeds)
         hubs: list[Hub] = [self.memory, *self.ways.values()]
         super().__init__(self._make, hubs, self.rng, weather, shape.timing, shape.worker.rpc, new_router)
 
@@ -129,6 +138,7 @@ class World(Processes):
         seed: int = 0,
         leave_after: int | None = None,
         timeout_s: float = 120.0,
+        constraints: Constraints = Constraints(),
     ) -> Answer:
         """One client's request; `tokens` random ones are the prompt if none is given. Errors are in the answer.
 
@@ -137,7 +147,10 @@ class World(Processes):
         content = list(prompt) or [self.rng.randrange(100, 30_000) for _ in range(tokens)]
         sampling = Sampling(max_tokens=max_tokens, temperature=1.0 if seed else 0.0, seed=seed)
         self._requests += 1
-        request = Request(f"r{self._requests}", self.shape.engine.model, pack(content), sampling, timeout_s)
+        request = Request(
+            *(f"r{self._requests}", self.shape.engine.model, pack(content), sampling, timeout_s),
+            constraints=constraints,
+        )
         answer = Answer([], expected_tokens(content, sampling, self.shape.engine))
         arrived_s = clock.now()
         try:

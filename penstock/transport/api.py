@@ -62,8 +62,7 @@ class Limits:
     prior: TransferModel = UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True):
     """What of a transfer is in place. `seconds` are those in which something was on its way.
 
     `blocks` counts pairs in the order of asking: the first one that is missing comes after so many. What was moved

@@ -50,7 +50,7 @@ class MemoryNetwork:
         """Ends all connections of `name`, for both sides; it lives on. What was on its way is lost."""
         for end in list(self._host(name).ends):
             for side in (end, end.other):
-                side.host.act(partial(side.over, f"the network cut {side.host.name} off {side.peer}"))
+                side.host.hear(partial(side.over, f"the network cut {side.host.name} off {side.peer}"))
 
     def crash(self, name: str) -> None:
         """`name` dies: its peers are told the end, after what it had sent; it is told nothing any more."""
@@ -134,12 +134,17 @@ class _Flights:
     def __init__(self) -> None:
         self._acts: list[tuple[float, int, Act]] = []
         self._order = count()
+        self._timer_s = -1.0  # for when the last timer was set, if that is still to come
 
     def depart(self, land_s: float, act: Act) -> None:
         heappush(self._acts, (land_s, next(self._order), act))
-        asyncio.get_running_loop().call_at(land_s, self._land, land_s)
+        if land_s != self._timer_s:  # what departs together lands together
+            self._timer_s = land_s
+            asyncio.get_running_loop().call_at(land_s, self._land, land_s)
 
     def _land(self, until_s: float) -> None:
+        if until_s == self._timer_s:
+            self._timer_s = -1.0
         due = []
         while self._acts and self._acts[0][0] <= until_s:
             due.append(heappop(self._acts)[2])
@@ -156,7 +161,7 @@ class _Host:
         self.is_dead = False
         self._is_frozen = False
         self._waiting: deque[Act] = deque()
-        self._context = copy_context()  # what arrives is dealt with in this one, not in the sender's
+        self._context = copy_context()
 
     def act(self, act: Act) -> None:
         """Does it now, after the thaw, or never if this endpoint is dead."""
@@ -165,7 +170,11 @@ class _Host:
         if self._is_frozen or self._waiting:
             self._waiting.append(act)
         else:
-            self._do(act)
+            act()
+
+    def hear(self, act: Act) -> None:
+        """The same for what others have this endpoint do: in its own context, not in theirs."""
+        self.act(partial(self._context.copy().run, act))  # a copy, since a context cannot be entered twice
 
     def freeze(self) -> None:
         self._is_frozen = True
@@ -180,10 +189,7 @@ class _Host:
 
     def _catch_up(self) -> None:
         while self._waiting and not self._is_frozen:
-            self._do(self._waiting.popleft())
-
-    def _do(self, act: Act) -> None:
-        self._context.copy().run(act)  # a copy, since a context cannot be entered twice
+            self._waiting.popleft()()
 
 
 class _End:
@@ -256,7 +262,7 @@ class _End:
             self._unheard_bytes += len(frame)
             land_s = asyncio.get_running_loop().time() + delay_s
             self._last_landing_s = max(self._last_landing_s, land_s)
-            self._network.flights.depart(land_s, partial(self.other.host.act, partial(self._arrive, frame)))
+            self._network.flights.depart(land_s, partial(self.other.host.hear, partial(self._arrive, frame)))
 
     def _arrive(self, frame: bytes) -> None:
         self._unheard_bytes -= len(frame)
@@ -265,7 +271,7 @@ class _End:
 
     def _depart_end(self, reason: str) -> None:
         land_s = max(asyncio.get_running_loop().time(), self._last_landing_s)  # no earlier than the last frame
-        self._network.flights.depart(land_s, partial(self.other.host.act, partial(self.other.over, reason)))
+        self._network.flights.depart(land_s, partial(self.other.host.hear, partial(self.other.over, reason)))
 
 
 def _pair(network: MemoryNetwork, caller: _Host, address: str, listener: _Listener) -> tuple[_End, _End]:
@@ -293,7 +299,7 @@ class _Knock:
         if listener is None:
             self._reply(Refused(f"nobody listens at {self.address}: is the address right, does it run?"))
         else:
-            listener.host.act(partial(self._enter, listener))
+            listener.host.hear(partial(self._enter, listener))
 
     def _enter(self, listener: _Listener) -> None:
         if self.caller.is_dead:
@@ -310,7 +316,7 @@ class _Knock:
 
     def _reply(self, answer: _End | Refused) -> None:
         settle = partial(self._settle, answer)
-        self.network.flights.depart(asyncio.get_running_loop().time(), partial(self.caller.act, settle))
+        self.network.flights.depart(asyncio.get_running_loop().time(), partial(self.caller.hear, settle))
 
     def _settle(self, answer: _End | Refused) -> None:
         if isinstance(answer, Refused):

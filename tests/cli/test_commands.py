@@ -98,6 +98,8 @@ REFUSED = {
     "serve --engine simulated --engine-option.step 1": "did you mean 'step_s'?",
     "serve --discovery etcd:here": "file:FOLDER",
     "serve --policy p_tokens": "no routing 'p_tokens' (did you mean 'p_token'?)",
+    "serve --ttft-slo 0": "give seconds above 0",
+    "serve --tenants no-such-file": "--tenants no-such-file cannot be read",
     "worker": "--join HOST:PORT",
     "worker --join 127.0.0.1:8001": "PENSTOCK_TOKEN",
     "worker --join 127.0.0.1:8001 --discovery file:leases": "not both",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import reduce
 from operator import xor
@@ -79,6 +80,7 @@ class Machine(RuleBasedStateMachine):
         if who := self.who(number):
             self.index.removed(who, hashes[kept:], tier)
             self.model.told[who][tier].difference_update(hashes[kept:])
+            self.model.believed[who] = [block for block in self.model.believed[who] if block not in hashes[kept:]]
 
     @rule(number=st.integers(0, 7))
     def cleared(self, number: int) -> None:
@@ -142,6 +144,12 @@ def test_tenants_share_nothing() -> None:
     assert not set(prefix_hashes(prompt, 16, "one")) & set(prefix_hashes(prompt, 16, "other"))
     assert len(prefix_hashes(prompt, 16)) == 4
     assert len(prefix_hashes(prompt[:-4], 16)) == 3
+
+
+def test_hashes_go_on_after_a_block_and_take_little_memory() -> None:
+    whole = prefix_hashes(pack(range(2_000)), 1)
+    assert prefix_hashes(pack(range(1_000, 2_000)), 1, parent=whole[999]) == whole[1_000:]
+    assert max(map(sys.getsizeof, whole)) == sys.getsizeof(1 << 59)
 
 
 def test_equal_blocks_after_different_ones_differ() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from penstock.cluster import ModelCard, Standing
+from penstock.metrics import IndexMetrics
+from penstock.policy.routing.api import Choice
 from penstock.request import Finish, Request, Timeline, Token
+from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.text import ChatTemplate, Tokenizer
 from tests.serve.tokenizers_made import CHAT, byte_level
@@ -29,8 +32,29 @@ def tokens_of(text: str) -> list[Token]:
 
 
 def finish(reason: Any = "length", stop_token: int | None = None) -> Finish:
-    timeline = Timeline(decode_worker="decode-0", cached_tokens=3, prefill_started_s=0.1, prefill_ended_s=0.3)
+    times = {"prefill_started_s": 0.1, "prefill_ended_s": 0.3}
+    timeline = Timeline(decode_worker="decode-0", prefill_worker="decode-0", cached_tokens=3, **times)
     return Finish(reason, timeline, stop_token)
+
+
+def decided() -> list[Decided]:
+    """A request whose first worker was lost: two decisions, of which the second one stood."""
+    journal = Journal()
+    choices = [
+        Choice("decode-1", (), 0.1, why="pairs: decode-1 prefills for itself"),
+        Choice(
+            *("decode-0", ("prefill-0", "prefill-1"), 0.06),
+            wait_s=0.05,
+            why="pairs: prefill-0 prefills for decode-0",
+            parts={"wait": 0.05, "later": 0.01},
+            others=(("decode-0", "", 0.2), ("decode-1", "prefill-0", 0.3)),
+        ),
+    ]
+    for number, choice in enumerate(choices):
+        passed_over = ("decode-1",) * number
+        journal.note("r", Decision(10.0 + number, "pairs", choice, 200, 64, 128 * number, 4, passed_over))
+    journal.prefilled("r")
+    return journal.tell("r")
 
 
 def saying(text: str, end: Finish | None = None) -> Script:
@@ -86,6 +110,8 @@ class FakeBackend:
     script: Script = field(default_factory=lambda: saying("water and power"))
     models: dict[str, ModelCard] = field(default_factory=lambda: {"demo": CARD})
     workers: dict[str, Standing] = field(default_factory=dict)
+    still: list[str] = field(default_factory=list)
+    decided: dict[str, list[Decided]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     live: int = 0
     entered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -96,6 +122,15 @@ class FakeBackend:
 
     def standings(self) -> Mapping[str, Standing]:
         return self.workers
+
+    def index_metrics(self) -> IndexMetrics:
+        return IndexMetrics()
+
+    def stalled(self) -> Collection[str]:
+        return self.still
+
+    def decisions(self, request_id: str) -> list[Decided]:
+        return self.decided.get(request_id, [])
 
     @asynccontextmanager
     async def generate(self, request: Request) -> AsyncIterator[FakeStream]:

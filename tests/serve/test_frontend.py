@@ -36,6 +36,7 @@ from tests.serve.fake_backend import (
     chat,
     chat_body,
     complete,
+    decided,
     failing,
     finish,
     frontend,
@@ -608,6 +609,49 @@ def test_a_request_can_be_looked_up_by_either_name() -> None:
     play(story)
 
 
+def test_the_last_requests_are_listed_newest_first_and_without_what_they_said() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        assert (await get(app, "/debug/requests")).json == {"requests": []}
+        first = await complete(app, prompt="quicksilver")
+        await Client(app).ask("POST", "/v1/chat/completions", chat_body(), {"x-request-id": "mine-1"})
+        page = await get(app, "/debug/requests")
+        newest, oldest = page.json["requests"]
+        assert newest["id"].startswith("chatcmpl-") and oldest["id"] == first.json["id"]
+        assert (oldest["state"], oldest["decode_worker"]) == ("finished", "decode-0")
+        record = await get(app, "/debug/requests/" + oldest["id"])
+        assert b"quicksilver" not in page.body + record.body and b"water and power" not in page.body + record.body
+        for _ in range(150):
+            await complete(app)
+        assert len((await get(app, "/debug/requests")).json["requests"]) == 100
+
+    play(story)
+
+
+def test_a_record_says_how_the_request_was_routed_and_how_that_turned_out() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await complete(app)
+        name = backend.requests[0].id
+        backend.decided[name] = decided()
+        record = (await get(app, "/debug/requests/" + client.json["id"])).json
+        lost, kept = record["decisions"]
+        assert (lost["decode"], kept["decode"], kept["passed_over"]) == ("decode-1", "decode-0", ["decode-1"])
+        assert kept["parts"] == {"wait": 0.05, "later": 0.01} and kept["runners_up"][0]["cost"] == 0.2
+        compared = {one["part"]: (one["predicted_s"], one["actual_s"]) for one in record["compared"]}
+        assert list(compared) == ["wait", "prefill", "transfer", "later"]
+        assert compared["wait"] == (0.05, None) and compared["prefill"] == (None, pytest.approx(0.2))
+
+    play(story)
+
+
+def test_why_is_told_to_those_with_the_key_alone() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        for path in ("/debug/requests", "/debug/requests/x"):
+            assert (await get(app, path)).status == 401
+        assert (await get(app, "/debug/requests", authorization="Bearer secret")).status == 200
+
+    play(story, api_key="secret")
+
+
 @pytest.mark.parametrize("name", ["", "a b", "x" * 129, "\r\nset-cookie: a"])
 def test_odd_request_ids_are_replaced(name: str) -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
@@ -653,6 +697,8 @@ def test_metrics() -> None:
         member = Member("decode-0", 1, "decode", "demo", (), layout, blocks=100, max_context_tokens=200)
         load = Load(blocks=100, free_blocks=75, running=2, handoffs=3, in_place_bytes=4096, cached_tokens=5)
         backend.workers = {"decode-0": Standing(member, load)}
+        backend.still = ["decode-0"]
+        assert (await get(app, "/health")).json["stalled"] == ["decode-0"]
         await complete(app)
         await complete(app, model="other")
         page = await get(app, "/metrics")

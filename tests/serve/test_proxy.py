@@ -469,6 +469,6 @@ def test_pages() -> None:
                 page = (await here.client.get("/metrics")).text
                 assert f'penstock_server_up{{worker="{server.name}"}} 1.0' in page
                 assert f'penstock_server_answers_total{{worker="{server.name}"}} 1.0' in page
-                assert f'penstock_indexed_blocks{{worker="{server.name}"}} {len(LONG) // 4}.0' in page
+                assert f'penstock_prefix_index_blocks{{worker="{server.name}"}} {len(LONG) // 4}.0' in page
 
     run(main())

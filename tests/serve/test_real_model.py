@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from penstock.engine.embedded import EmbeddedEngine, Options  # noqa: E402
+from penstock.errors import WorkerDraining  # noqa: E402
 from penstock.policy.batching import Limits  # noqa: E402
 from penstock.request import Finish, Request, Sampling, Token  # noqa: E402
 from penstock.serve.prefill import PrefillOptions  # noqa: E402
@@ -119,7 +120,7 @@ def test_a_stream_that_moves_is_the_undisturbed_one(model: Path, after: int, tem
                 while True:
                     fresh, finish = await stream.read()
                     if after is not None and len(tokens) < after <= len(tokens) + len(fresh):
-                        stream.move()
+                        stream.move(WorkerDraining("going elsewhere"))
                     tokens += fresh
                     if finish is not None:
                         return tokens, finish

@@ -13,6 +13,7 @@ from penstock import clock
 from penstock.blocks import BlockId, Region
 from penstock.engine.simulated import expected_tokens
 from penstock.kv.lease import Lease, LeaseTable
+from penstock.policy.liveness import Patience
 from penstock.request import Hop, Progress, Request, Token
 from penstock.serve.decode import Decoder, Output, Sequence
 from penstock.serve.handoff import Fetched
@@ -31,6 +32,7 @@ from penstock.tokens import unpack
 from penstock.transport.api import Moved
 from tests.kv import test_lease as lease_rules
 from tests.sim import test_faults as stories
+from tests.sim import test_progress as progress
 from tests.sim import test_recovery as recovery
 from tests.sim import test_storms as storms
 from tests.sim import test_streamed as streamed
@@ -260,7 +262,22 @@ def outputs_are_counted_anew(patch: pytest.MonkeyPatch) -> None:
 
 def streams_of_draining_workers_stay(patch: pytest.MonkeyPatch) -> None:
     """They are cut off when their worker's patience ends."""
-    patch.setattr(Router, "_move_from_draining", lambda self: None)
+    patch.setattr(Router, "_move_streams", lambda self: None)
+
+
+def work_that_waits_is_taken_for_a_call(patch: pytest.MonkeyPatch) -> None:
+    """An engine is expected to compute whenever somebody waits for something at its worker."""
+    patch.setattr(Stepper, "call_s", property(lambda self: 0.02 if self.waiting or self.running else 0.0))
+
+
+def slow_is_dead(patch: pytest.MonkeyPatch) -> None:
+    """Every engine has the same time for a step."""
+    patch.setattr(Patience, "bound_s", lambda self, steps, step_s: self.floor_s if step_s else self.idle_s)
+
+
+def stalled_workers_get_requests(patch: pytest.MonkeyPatch) -> None:
+    """Only their streams are taken away."""
+    patch.setattr(Router, "_usable", lambda self, roster, tried, avoided: roster.fleet(tried, avoided))
 
 
 def more_steps_than_are_left(patch: pytest.MonkeyPatch) -> None:
@@ -296,7 +313,7 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
         streamed.test_a_prefill_that_is_preempted_is_not_in_its_own_way, bytes_per_s=1_000
     ),
     no_token_from_who_computes_before_it_is_granted_blocks: (
-        streamed.test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_first
+        streamed.test_many_writers_are_granted_no_more_than_arrives_and_do_not_all_wait_for_all
     ),
     first_token_binds_nobody: partial(
         streamed.test_prefill_killed_after_the_first_token_the_stream_goes_on_with_it, others=()
@@ -315,6 +332,13 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
     ),
     streams_of_draining_workers_stay: partial(
         recovery.test_a_worker_that_drains_hands_its_streams_over_at_once, is_streamed=False
+    ),
+    work_that_waits_is_taken_for_a_call: (
+        progress.test_a_prefill_worker_that_waits_for_a_frozen_decode_worker_does_not_stand_still
+    ),
+    slow_is_dead: partial(progress.test_a_worker_with_long_steps_is_slow_and_not_dead, is_streamed=False),
+    stalled_workers_get_requests: partial(
+        progress.test_streams_of_a_decode_engine_that_freezes_end_whole_elsewhere, is_streamed=False
     ),
     more_steps_than_are_left: streamed.test_no_step_is_made_past_the_last_token,
 }
@@ -336,5 +360,5 @@ def test_a_story_notices(mutant: Callable[[pytest.MonkeyPatch], None], monkeypat
 def test_storms_notice(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match="PENSTOCK_STORM"):
-        for seed in range(300):
+        for seed in range(1_000):
             storms.check(seed)

@@ -133,6 +133,11 @@ def test_one_seed_is_one_history_whatever_python_hashes() -> None:
     assert outputs[0] == outputs[1] and len(outputs[0]) == 65
 
 
+def test_a_worker_may_start_at_the_moment_of_a_sample() -> None:
+    died_and_back = Fault(0.3, "crash", "decode-0"), Fault(1.0, "start", "decode-0")
+    assert not any(errors(played(cluster(), talk(20, 1), "p_token", faults=died_and_back)))
+
+
 def test_a_fault_must_fit() -> None:
     with pytest.raises(SetupError, match="no link"):
         played(cluster(), talk(5, 1), "p_token", faults=(Fault(0.1, "cut", "the moon"),))

@@ -442,7 +442,7 @@ def test_what_cannot_be_fenced_off_waits_for_its_writer() -> None:
     run_virtual(story())
 
 
-def test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_first() -> None:
+def test_many_writers_are_granted_no_more_than_arrives_and_do_not_all_wait_for_all() -> None:
     async def story() -> None:
         block_bytes = 16 * TOKEN_BYTES
         worker = WorkerOptions("", 0, lend=LendOptions(incoming_bytes=8 * block_bytes, lease_s=60.0))
@@ -451,7 +451,9 @@ def test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_fi
         async with streamed(prefill=6, policy=policy, worker=worker) as world:
             for name in names:
                 throttle(world, PROMPT * TOKEN_BYTES / 4, name)
-            asking = [asyncio.create_task(world.ask(tokens=PROMPT)) for _ in names]
+            asking = [asyncio.create_task(world.ask(tokens=PROMPT)) for _ in names[1:]]
+            await asyncio.sleep(1)  # so long that the link is known to be full when the last one comes
+            asking.append(asyncio.create_task(world.ask(tokens=PROMPT)))
             lent = []
             while not all(task.done() for task in asking):
                 lent.append(world.workers["decode-0"].load().leased_blocks)
@@ -460,7 +462,7 @@ def test_many_writers_are_granted_no_more_than_arrives_and_the_first_are_done_fi
             assert all(timeline_of(answer).path == "streamed" for answer in answers)
             assert max(answer.ttft_s for answer in answers) < 0.2  # no first token waits for others' KV
             ended = sorted(answer.ended_s for answer in answers)
-            assert ended[0] < 6 and 23 < ended[-1] < 26  # 4 s each, one after the other; side by side all take 24 s
+            assert ended[0] < 10 and 23 < ended[-1] < 26  # 4 s each, two at a time; side by side all take 24 s
             await world.settle()
 
     run_virtual(story())

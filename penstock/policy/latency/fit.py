@@ -153,11 +153,25 @@ class OnlineFit:
     @property
     def line(self) -> Line:
         """What is believed now."""
+        covariance = scaled(inverse(self._known(fade=1).information), self._scale)
+        return Line(self.prices, covariance, self._noise, self._observations)
+
+    @property
+    def prices(self) -> tuple[float, ...]:
+        """Those of `line`, for who need not know how sure they are: much cheaper."""
         if self._unsolved:
             self._solve()
-        prices = tuple(part * scale for part, scale in zip(self._solution, self._scale, strict=True))
-        covariance = scaled(inverse(self._known(fade=1).information), self._scale)
-        return Line(prices, covariance, self._noise, self._observations)
+        return tuple(part * scale for part, scale in zip(self._solution, self._scale, strict=True))
+
+    def seconds(self, amounts: Sequence[float]) -> float:
+        """What `line` says of these."""
+        return dot(self.prices, amounts)
+
+    def recall(self, amounts: Sequence[float]) -> float:
+        """Seconds as of the last solution, at most `_SOLVE_EVERY` measurements ago: it tells outliers, and is free."""
+        return sum(
+            part * scale * amount for part, scale, amount in zip(self._solution, self._scale, amounts, strict=True)
+        )
 
     def _learn_noise(self, error: float) -> None:
         """A running mean of absolute errors, outliers cut; 1.25 of it is a standard deviation (Gauss)."""

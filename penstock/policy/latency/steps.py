@@ -27,8 +27,7 @@ FREE_TOKENS = (0, 32, 64, 128, 192, 256, 384, 512, 1024, 2048)  # what a fit tri
 _KINK = 1.05  # a kink must explain more than scatter does
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What one step computes, as far as its time depends on it. Work done in one step adds up."""
 
     new_tokens: int = 0

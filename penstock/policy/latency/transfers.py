@@ -56,14 +56,18 @@ class TransferFit:
     def observe(self, size_bytes: float, descriptors: int, seconds: float) -> None:
         """Raises ValueError for a time that is negative or no number."""
         if seconds > 0:
-            off = math.log(seconds / self._fit.line.seconds((1, descriptors, size_bytes)))
+            off = math.log(seconds / self._fit.recall((1, descriptors, size_bytes)))
             self._drift += DRIFT_GAIN * (off - self._drift)
             if abs(self._drift) > DRIFT:
                 self._start_again(math.exp(self._drift))
         self._fit.observe((1, descriptors, size_bytes), seconds)
 
+    def seconds(self, size_bytes: float, descriptors: int = 1) -> float:
+        """What is believed now; see `TransferModel`."""
+        return self._fit.seconds((1, descriptors, size_bytes))
+
     def _start_again(self, times: float) -> None:
-        prices = tuple(max(price * times, LEAST_PRICE) for price in self._fit.line.prices)
+        prices = tuple(max(price * times, LEAST_PRICE) for price in self._fit.prices)
         self._fit, self._drift = OnlineFit(believe(prices, DOUBT), self._memory), 0.0
 
     @property

@@ -10,19 +10,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from penstock.policy.routing.meeting import HANDOVER_S, Meeting
+from penstock.policy.routing.ways import Ways
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
-HANDOVER_S = 0.002  # two messages and a step's delay on one host, see bench/handoff.py
 PRIOR_TOKENS_PER_S = 2_000.0  # of prompts, until anybody has measured anything
 EXPECTED_OUTPUT_TOKENS = 128
 SATURATED_STREAMS = 32  # a decode step's time doubles about here
@@ -56,7 +58,9 @@ class Choice:
     """`prefill` is whom the decode worker should call, best first; empty: itself.
 
     `cost` is what the policy made small, in a unit of its own. `wait_s` is how long the first prefill worker is busy
-    with others, 0 where the policy does not say: the decode worker weighs it against doing the work itself.
+    with others, 0 where the policy does not say: the decode worker weighs it against doing the work itself. `parts` are
+    what `cost` is the sum of, by name and in seconds, and `others` the runners-up as (decode, prefill or "", cost):
+    empty where the policy does not price in parts.
     """
 
     decode: str
@@ -64,17 +68,8 @@ class Choice:
     cost: float
     wait_s: float = 0.0
     why: str = ""
-
-
-class Wiring(Protocol):
-    """Prices of moving KV over the network, where they are known."""
-
-    def prices(self, source: str, targets: Sequence[str]) -> tuple[Floats, Floats]:
-        """Seconds to start and seconds per byte from the device `source` to each of `targets`, all finite.
-
-        Devices are named as in `Member.device`.
-        """
-        ...
+    parts: Mapping[str, float] = field(default_factory=dict)
+    others: tuple[tuple[str, str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,8 +85,9 @@ class Fleet:
     """The workers of one model that take requests: one entry each in every column, in the order of `names`.
 
     Columns belong to the router, which keeps them up to date: a policy only reads them. Load is what the worker
-    reported, or what this router has sent there since, where that is more. `decoders` and `prefillers` are positions
-    of those to choose from: who prefers that role, or everybody where nobody does. A prefiller reaches some decoder.
+    reported, or what this router has sent there, where that is more; waits are as of now, see `policy.ledger`.
+    `decoders` and `prefillers` are positions of those to choose from: who prefers that role, or everybody where nobody
+    does. A prefiller reaches some decoder.
     """
 
     names: Sequence[str]
@@ -99,8 +95,8 @@ class Fleet:
     prefers_decode: Mask
     memory: Indices  # equal: they compute in each other's KV blocks in place; -1: alone
     network: Indices  # equal: they can send KV to each other; -1: alone
-    devices: Sequence[str]  # for `wiring`
-    queued_tokens: Floats  # of prompts, to be computed there
+    wait_s: Floats  # until the prompts that are queued there are computed
+    queued_tokens: Floats  # that many at `prefill_tokens_per_s`
     prefills: Floats  # requests whose prompts are to be computed there
     streams: Floats  # requests that will decode or do decode there
     used_blocks: Floats
@@ -108,12 +104,20 @@ class Fleet:
     block_tokens: Floats
     prefill_tokens_per_s: Floats  # of those that have not measured it: the mean of the others
     decode_step_s: Floats
+    # [4, workers]: seconds of a step for a prompt token, for a pair of one and a token before it, for a sequence that
+    # decodes, and for a cached token that it reads; 0: unknown
+    prices: Floats
+    arrivals_per_s: Floats  # prompts that were computed there, lately
+    busy_share: Floats  # of the time, with prompts, lately
+    chunk_tokens: Floats  # of a prompt, computed in one step at most
     outgoing_bytes: Floats  # of transfers that are decided and not yet over
     incoming_bytes: Floats
-    wiring: Wiring | None = None
+    ways: Ways
     decoders: Indices = field(default_factory=lambda: np.empty(0, np.intp))
     prefillers: Indices = field(default_factory=lambda: np.empty(0, np.intp))
     is_split: bool = False  # some prefill for others; else every request stays on one of `decoders`
+    usable: Mask = field(default_factory=lambda: np.empty(0, np.bool_))  # what `only` was called with
+    _meeting: Meeting | None = None
     _paths: dict[int, Path] = field(default_factory=dict)  # rows that were asked for; masked copies share them
 
     def only(self, usable: Mask) -> Fleet:
@@ -122,7 +126,28 @@ class Fleet:
         prefillers = _preferring(self.prefers_prefill, usable)
         prefillers = prefillers[self._helps(prefillers, decoders)]
         is_split = prefillers.size > 0 and not np.array_equal(prefillers, decoders)
-        return replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split)
+        chosen = replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split, usable=usable)
+        return replace(chosen, _meeting=Meeting(chosen))
+
+    @property
+    def meeting(self) -> Meeting:
+        """Which of those to choose from meet where; `only` finds it."""
+        assert self._meeting is not None
+        return self._meeting
+
+    def prompt_s(self, tokens: Floats | float, context: Floats | float) -> Floats:
+        """Seconds that each worker takes to compute `tokens` of a prompt after `context` that are cached."""
+        return self.prompt_s_at(slice(None), tokens, context)
+
+    def prompt_s_at(self, workers: int | Indices | slice, tokens: Floats | float, context: Floats | float) -> Floats:
+        """The same for some of them."""
+        token_s, pair_s = self.prices[0, workers], self.prices[1, workers]
+        exact = token_s * tokens + pair_s * (tokens * (context + np.multiply(tokens, 0.5)))
+        return np.where(token_s > 0, exact, tokens / self.prefill_tokens_per_s[workers])
+
+    def shares_memory(self, one: int, other: int) -> bool:
+        """Whether they compute in each other's blocks."""
+        return bool(self.memory[one] >= 0 and self.memory[one] == self.memory[other])
 
     def path(self, source: int) -> Path:
         """Prices of a hand-over from `source` to each worker; nothing is moved inside a memory."""
@@ -147,15 +172,11 @@ class Fleet:
         return helped
 
     def _find_path(self, source: int) -> Path:
-        in_place, wired = _alike(self.memory, source), _alike(self.network, source)
+        start_s, byte_s = self.ways.row(source)
+        in_place = _alike(self.memory, source)
         in_place[source] = True
-        start_s = np.where(in_place | wired, HANDOVER_S, np.inf)
-        byte_s = np.zeros(len(self.names))
-        moved = np.flatnonzero(wired & ~in_place)
-        if self.wiring is not None and moved.size:
-            more_s, byte_s[moved] = self.wiring.prices(self.devices[source], [self.devices[int(i)] for i in moved])
-            start_s[moved] += more_s
-        return Path(start_s, byte_s)
+        start_s[in_place], byte_s[in_place] = 0.0, 0.0
+        return Path(start_s + HANDOVER_S, byte_s)
 
 
 Route: TypeAlias = Callable[[float, Ask, Fleet, Random], Choice]

@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from penstock.blocks import KvLayout
-from penstock.cluster import Load, Member, Role, Standing
-from penstock.policy.routing.api import Ask, Fleet, Floats, Wiring
+from penstock.cluster import Load, Member, Role, Standing, StepPrices
+from penstock.policy.routing.api import Ask, Fleet
 from penstock.policy.routing.roster import Roster
+from penstock.policy.routing.ways import Rung, Wiring
 
 LAYOUT = KvLayout(2, 2, 4, 64, "bfloat16")
 BLOCKS = 1_000
@@ -31,6 +32,7 @@ class Worker:
     used_blocks: int = 0
     tokens_per_s: float = 0.0
     step_s: float = 0.0
+    prices: StepPrices | None = None
     cached: int = 0
     is_draining: bool = False
     epoch: int = 1
@@ -58,26 +60,28 @@ class Worker:
             free_blocks=BLOCKS - self.used_blocks,
             prefill_tokens_per_s=self.tokens_per_s,
             decode_step_s=self.step_s,
+            step_prices=self.prices,
         )
         return Standing(member, load, self.is_draining)
 
 
-class Distances:
-    """Start and seconds per byte grow with how far apart the names of two workers are."""
+class Rows:
+    """A tree: workers stand in rows of the first letter of their names, and rows in one hall."""
 
-    def prices(self, source: str, targets: Sequence[str]) -> tuple[Floats, Floats]:
-        far = np.array([abs(sum(source.encode()) - sum(target.encode())) for target in targets], np.float64)
-        return far * 1e-4, far * 1e-8
+    def climb(self, device: str) -> Sequence[Rung]:
+        own = (1 + ord(device[-1]) % 3) * 1e-9
+        row, hall = f"row {device[0]}", ("gate", device[0])
+        return [Rung(row, own, own, 1e-5, device, device), Rung("hall", 4e-9, 4e-9, 1e-4, hall, hall)]
 
 
 def roster_of(workers: Sequence[Worker], wiring: Wiring | None = None) -> Roster:
     roster = Roster(wiring)
-    roster.update({worker.name: worker.standing for worker in workers})
+    roster.update({worker.name: worker.standing for worker in workers}, 0.0)
     return roster
 
 
 def fleet_of(workers: Sequence[Worker], wiring: Wiring | None = None) -> Fleet:
-    return roster_of(workers, wiring).fleet()
+    return roster_of(workers, wiring).fleet(0.0)
 
 
 def ask_of(workers: Sequence[Worker], prompt_tokens: int, max_tokens: int = 100, number: int = 0) -> Ask:

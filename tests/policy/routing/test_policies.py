@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from penstock import plugin
 from penstock.policy.routing.api import HANDOVER_S, Choice, Fleet, Route
 from penstock.policy.routing.roster import PRIOR_STEP_S
-from tests.policy.routing.fleets import LAYOUT, Distances, Worker, ask_of, fleet_of, some_workers
+from penstock.policy.routing.ways import Rung
+from tests.policy.routing.fleets import LAYOUT, Rows, Worker, ask_of, fleet_of, some_workers
 
 NAMES = plugin.names("policy.routing")
 every_policy = pytest.mark.parametrize("name", NAMES)
@@ -28,7 +29,7 @@ def policy(name: str) -> Route:
 
 
 def choose(name: str, workers: Sequence[Worker], prompt_tokens: int, seed: int = 1, number: int = 0) -> Choice:
-    fleet = fleet_of(workers, Distances())
+    fleet = fleet_of(workers, Rows())
     return policy(name)(0.0, ask_of(workers, prompt_tokens, number=number), fleet, Random(seed))
 
 
@@ -70,7 +71,7 @@ def test_a_choice_is_admissible(name: str, workers: list[Worker], prompt: int, s
 @every_policy
 @given(workers=some_workers(), prompt=prompts, seed=st.integers(0, 2**32), number=st.integers(0, 1_000))
 def test_a_policy_is_pure(name: str, workers: list[Worker], prompt: int, seed: int, number: int) -> None:
-    fleet, ask = fleet_of(workers, Distances()), ask_of(workers, prompt, number=number)
+    fleet, ask = fleet_of(workers, Rows()), ask_of(workers, prompt, number=number)
     columns = [column.copy() for column in _columns(fleet)]
     first, again = (policy(name)(0.0, ask, fleet, Random(seed)) for _ in range(2))
     assert first == again == choose(name, workers, prompt, seed, number)
@@ -198,19 +199,27 @@ def test_netkv_prices_load_cache_and_way(workers: list[Worker], prompt: int) -> 
     prefill = by_name[choice.prefill[0]]
 
     def seconds(decode: Worker) -> float:
-        start_s, byte_s = Distances().prices(prefill.name, [decode.name])
+        start_s, byte_s = way(prefill.name, decode.name)
         moved = _uncached(prompt)(decode) * LAYOUT.token_bytes
-        return 100 / 32 * PRIOR_STEP_S * decode.running + HANDOVER_S + float(start_s[0]) + float(byte_s[0]) * moved
+        return 100 / 32 * PRIOR_STEP_S * decode.running + HANDOVER_S + start_s + byte_s * moved
 
     assert seconds(by_name[choice.decode]) == pytest.approx(min(map(seconds, decoders_of(workers))))
+
+
+def way(source: str, target: str) -> tuple[float, float]:
+    """Seconds to start and per byte, over idle links."""
+    ups, downs = Rows().climb(source), Rows().climb(target)
+    level = next(level for level in range(2) if ups[level].domain == downs[level].domain)
+    byte_s = max(max(ups[i].up_s, downs[i].down_s) for i in range(level + 1))
+    return ups[level].latency_s + downs[level].latency_s, byte_s
 
 
 def test_netkv_avoids_who_already_receives() -> None:
     workers = [Worker("p", "prefill", "", "net"), *(Worker(name, "decode", "", "net") for name in ("d", "e"))]
 
     class Even:
-        def prices(self, source: str, targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-            return np.zeros(len(targets)), np.full(len(targets), 1e-9)
+        def climb(self, device: str) -> Sequence[Rung]:
+            return [Rung("hall", 1e-9, 1e-9, 0.0, device, device)]
 
     fleet = fleet_of(workers, Even())
     fleet.incoming_bytes[fleet.names.index("d")] = 1e9

@@ -8,6 +8,7 @@ from random import Random
 import msgspec
 import pytest
 
+from penstock.cluster import StepPrices
 from penstock.errors import NoWorker
 from penstock.policy.routing.api import Choice, Fleet, Indices
 from penstock.policy.routing.p_token import route
@@ -29,11 +30,11 @@ def request(name: str = "r", prompt: bytes = PROMPT, salt: str = "") -> Request:
 
 def book(roster: Roster, choice: Choice, asked: Request) -> None:
     ask, hashes = roster.ask(asked)
-    roster.book(asked.id, ask, hashes, choice)
+    roster.book(asked.id, ask, hashes, choice, 0.0)
 
 
 def update(roster: Roster, *workers: Worker) -> None:
-    roster.update({worker.name: worker.standing for worker in workers})
+    roster.update({worker.name: worker.standing for worker in workers}, 0.0)
 
 
 def chosen(fleet: Fleet, positions: Indices) -> list[str]:
@@ -45,20 +46,30 @@ def cached(roster: Roster, asked: Request) -> list[float]:
     return found
 
 
-def test_load_is_what_was_reported_or_booked_whichever_is_more() -> None:
-    roster = roster_of([replace(P, queued=100, waiting=2), replace(D, running=1, used_blocks=500)])
+def test_queues_are_what_was_reported_and_booked_since_less_what_time_took_off() -> None:
+    roster = roster_of([replace(P, queued=1_000, tokens_per_s=1_000.0), D])
+    assert roster.fleet(0.25).queued_tokens.tolist() == [750, 0]
     book(roster, PAIR, request())
-    fleet = roster.fleet()
-    assert fleet.queued_tokens.tolist() == [640, 0]
+    assert roster.fleet(0.25).queued_tokens.tolist() == pytest.approx([1_390, 0])
+    update(roster, replace(P, queued=1_000, tokens_per_s=1_000.0), D)  # too soon after to have it in
+    assert roster.fleet(0.5).queued_tokens.tolist() == pytest.approx([1_140, 0])
+    assert roster.fleet(9.0).wait_s.tolist() == [0, 0]
+
+
+def test_load_is_what_was_reported_or_booked_whichever_is_more() -> None:
+    roster = roster_of([replace(P, waiting=2), replace(D, running=1, used_blocks=500)])
+    book(roster, PAIR, request())
+    fleet = roster.fleet(0.0)
     assert fleet.prefills.tolist() == [2, 0]
     assert fleet.streams.tolist() == [0, 1]
     assert fleet.used_blocks.tolist() == [0, 500]
     roster.prefilled("r", 0.0)
-    assert roster.fleet().queued_tokens.tolist() == [100, 0]
     update(roster, P, D)
-    assert roster.fleet().streams.tolist() == [0, 1]
+    assert roster.fleet(0.0).prefills.tolist() == [0, 0]
+    update(roster, P, D)
+    assert roster.fleet(0.0).streams.tolist() == [0, 1]
     roster.release("r", 0.0)
-    assert roster.fleet().streams.tolist() == [0, 0]
+    assert roster.fleet(0.0).streams.tolist() == [0, 0]
 
 
 def test_a_newcomer_counts_as_average() -> None:
@@ -66,6 +77,14 @@ def test_a_newcomer_counts_as_average() -> None:
     fleet = fleet_of(workers)
     assert fleet.prefill_tokens_per_s.tolist() == [1_000, 3_000, 2_000]
     assert fleet.decode_step_s.tolist() == [PRIOR_STEP_S] * 3
+
+
+def test_prices_that_no_step_has_confirmed_do_not_count() -> None:
+    guessed = StepPrices((0.002, 1e-4, 1e-8, 1e-4, 1e-7))
+    fresh = replace(D, name="new", prices=guessed)
+    assert not fleet_of([fresh]).prices.any()
+    half = replace(D, name="half", prices=guessed, tokens_per_s=9_000.0)  # has not decoded yet
+    assert fleet_of([half]).prices[:, 0].tolist() == [1e-4, 1e-8, 0, 0]
 
 
 def test_roles_are_preferences() -> None:
@@ -84,31 +103,31 @@ def test_a_prefill_worker_that_reaches_no_decoder_is_none() -> None:
 
 def test_the_draining_are_left_out() -> None:
     roster = roster_of([P, replace(D, is_draining=True)])
-    assert roster.fleet().names == ["p"]
+    assert roster.fleet(0.0).names == ["p"]
     update(roster, replace(P, is_draining=True))
     with pytest.raises(NoWorker, match="penstock worker --join"):
-        roster.fleet()
+        roster.fleet(0.0)
 
 
 def test_the_tried_are_out_and_the_avoided_come_last() -> None:
     roster = roster_of([P, D, replace(D, name="e")])
-    fleet = roster.fleet(avoided=["d"])
+    fleet = roster.fleet(0.0, avoided=["d"])
     assert chosen(fleet, fleet.decoders) == ["e"]
-    fleet = roster.fleet(tried=["e"], avoided=["d", "p"])
+    fleet = roster.fleet(0.0, tried=["e"], avoided=["d", "p"])
     assert (chosen(fleet, fleet.decoders), chosen(fleet, fleet.prefillers)) == (["d"], ["p"])
-    fleet = roster.fleet()
+    fleet = roster.fleet(0.0)
     assert chosen(fleet, fleet.decoders) == ["d", "e"]
     with pytest.raises(NoWorker):
-        roster.fleet(tried=["p", "d", "e"])
+        roster.fleet(0.0, tried=["p", "d", "e"])
 
 
 def test_a_masked_fleet_shows_the_load_of_now() -> None:
     roster = roster_of([P, D, replace(D, name="e")])
-    assert roster.fleet(avoided=["e"]).streams.tolist() == [0, 0, 0]
+    assert roster.fleet(0.0, avoided=["e"]).streams.tolist() == [0, 0, 0]
     book(roster, HERE, request())
-    assert roster.fleet(avoided=["e"]).streams.tolist() == [0, 1, 0]
+    assert roster.fleet(0.0, avoided=["e"]).streams.tolist() == [0, 1, 0]
     update(roster, P, D, replace(D, name="e"), replace(D, name="f"))
-    fleet = roster.fleet(avoided=["e"])
+    fleet = roster.fleet(0.0, avoided=["e"])
     assert chosen(fleet, fleet.decoders) == ["d", "f"]
 
 
@@ -127,11 +146,11 @@ def test_a_prompt_that_is_moved_stays_with_both_and_its_bytes_are_booked() -> No
     roster = roster_of([replace(P, memory="far", domain="net"), replace(D, domain="net")])
     book(roster, PAIR, request())
     assert cached(roster, request("again")) == [576, 576]
-    fleet = roster.fleet()
+    fleet = roster.fleet(0.0)
     assert fleet.outgoing_bytes.tolist() == [640 * LAYOUT.token_bytes, 0]
     assert fleet.incoming_bytes.tolist() == [0, 640 * LAYOUT.token_bytes]
     book(roster, PAIR, request("again"))
-    assert roster.fleet().incoming_bytes[1] == (640 + 64) * LAYOUT.token_bytes
+    assert roster.fleet(0.0).incoming_bytes[1] == (640 + 64) * LAYOUT.token_bytes
 
 
 def test_a_restarted_worker_is_believed_to_hold_nothing() -> None:
@@ -146,7 +165,7 @@ def test_a_change_of_role_forgets_nothing() -> None:
     book(roster, HERE, request())
     update(roster, P, replace(D, role="any"))
     assert cached(roster, request("again")) == [0, 576]
-    assert roster.fleet().streams.tolist() == [0, 1]
+    assert roster.fleet(0.0).streams.tolist() == [0, 1]
 
 
 def test_blocks_of_different_sizes_are_told_apart_by_the_largest() -> None:
@@ -155,8 +174,8 @@ def test_blocks_of_different_sizes_are_told_apart_by_the_largest() -> None:
     member = msgspec.structs.replace(standings["d"].member, layout=coarse)
     standings["d"] = msgspec.structs.replace(standings["d"], member=member)
     roster = Roster(None)
-    roster.update(standings)
-    assert not roster.fleet().is_split  # blocks of another shape cannot be written
+    roster.update(standings, 0.0)
+    assert not roster.fleet(0.0).is_split  # blocks of another shape cannot be written
     book(roster, HERE, request())
     assert cached(roster, request("again")) == [0, 512]
 
@@ -167,5 +186,5 @@ def test_booked_load_spreads_requests_that_come_before_the_next_report() -> None
     for number in range(80):
         asked = request(f"r{number}", pack(range(number, number + 640)))
         ask, hashes = roster.ask(asked)
-        roster.book(asked.id, ask, hashes, route(0.0, ask, roster.fleet(), rng))
-    assert roster.fleet().streams.tolist() == [10] * 8
+        roster.book(asked.id, ask, hashes, route(0.0, ask, roster.fleet(0.0), rng), 0.0)
+    assert roster.fleet(0.0).streams.tolist() == [10] * 8
