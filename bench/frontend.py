@@ -156,8 +156,10 @@ def serving(folder: Path, case: Case, policy: str, core: int) -> Iterator[tuple[
 
 
 @contextmanager
-def running(command: str, folder: Path, token: str, *flags: str) -> Iterator[int]:
-    arguments = [sys.executable, "-m", "penstock", command, str(folder), f"--model-name={MODEL}", *flags]
+def running(command: str, folder: Path | None, token: str, *flags: str) -> Iterator[int]:
+    """A command of penstock, about the model in `folder` if it takes one; yields its process id."""
+    model = [] if folder is None else [str(folder), f"--model-name={MODEL}"]
+    arguments = [sys.executable, "-m", "penstock", command, *model, *flags]
     with subprocess.Popen(
         [*arguments, "--log-level=error"], env=dict(os.environ) | {"PENSTOCK_TOKEN": token}
     ) as process:

@@ -309,6 +309,37 @@ class FrontendConfig:
     service: ServiceSettings
 
 
+@dataclass(frozen=True, slots=True)
+class AttachSettings:
+    """Existing servers. Each flag can come several times, or name several servers."""
+
+    attach: tuple[str, ...] = ()
+    """OpenAI-compatible servers that do everything, as http://HOST:PORT; where their KV events are, if they do not say
+    so themselves, as http://HOST:PORT,events=tcp://HOST:PORT,replay=tcp://HOST:PORT; one of several data-parallel
+    engines as http://HOST:PORT,rank=0."""
+
+    prefill: tuple[str, ...] = ()
+    """Instead: servers that compute prompts for those of --decode. SGLang's bootstrap port, if it is not 8998, as
+    http://HOST:PORT,bootstrap=9000."""
+
+    decode: tuple[str, ...] = ()
+    """Servers that take over from those of --prefill, and answer."""
+
+    tokenizer: Path | None = None
+    """The model's folder, for its tokenizer and chat template; by default the servers are asked to tokenize (vLLM),
+    and where they cannot, prompts are told apart by their text alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """All that a router of existing servers is told, beside its socket. `upstream_key` is the key of the servers."""
+
+    servers: AttachSettings
+    policy: str
+    api_key: str = field(default="", repr=False)
+    upstream_key: str = field(default="", repr=False)
+
+
 def parse(kind: type[T], values: Mapping[str, object], what: str) -> T:
     """The frozen options `kind` from `values`, texts read as numbers where numbers are wanted.
 

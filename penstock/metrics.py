@@ -100,14 +100,19 @@ def render(
     stalled: Collection[str],
     index: IndexMetrics,
     loop_delay_p99_s: float,
+    more: Iterable[Metric] = (),
 ) -> bytes:
-    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own; workers in `stalled` stand still."""
+    """The page that Prometheus scrapes, `more` at its end.
+
+    `loop_delay_p99_s` is this process's own; workers in `stalled` stand still.
+    """
     families = (
         *_of_requests(metrics),
         *_of_workers(standings),
         _of_stalls(standings, stalled),
         *_of_index(index),
         *_of_loops(standings, loop_delay_p99_s),
+        *more,
     )
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Page([*families]))
