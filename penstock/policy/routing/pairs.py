@@ -206,10 +206,12 @@ def _describe(fleet: Fleet, costs: Costs, prefill: int, decode: int) -> Choice:
 def _prices_for(fleet: Fleet, costs: Costs, prefillers: Indices, decode: int) -> Floats:
     """Of `prefillers`, all of which reach `decode`."""
     cached = costs.ask.cached_tokens[decode]
-    here = costs.elsewhere_s(fleet, prefillers, cached) + HANDOVER_S
-    moved: Floats = costs.prefill_s[prefillers] + costs.moves.seconds(fleet.ways, prefillers, decode)
+    prices: Floats = costs.elsewhere_s(fleet, prefillers, cached) + HANDOVER_S
     shares = (fleet.memory[prefillers] == fleet.memory[decode]) & (fleet.memory[decode] >= 0)
-    prices: Floats = np.where(shares, here, moved) + costs.decode_s[decode]
+    if not shares.all():
+        moved = costs.prefill_s[prefillers] + costs.moves.seconds(fleet.ways, prefillers, decode)
+        prices = np.where(shares, prices, moved)
+    prices += costs.decode_s[decode]
     return prices
 
 
