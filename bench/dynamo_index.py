@@ -21,6 +21,7 @@ SHARED = 256  # of them begin those of others as well
 EVENT_BLOCKS = 16
 HASH_TOKENS, HASH_BLOCK_TOKENS = 4_096, 16
 HASH_BITS = 60
+REMOVED = 20  # documents
 REPEATS = 300
 
 
@@ -88,8 +89,19 @@ def main() -> None:
     found["bytes"] = (resident_bytes() - before) / blocks
     for asked in (SHARED, BLOCKS):
         found[f"lookup {asked}"] = median_us([lambda q=q: tree.find_matches(q) for q in questions(held, asked)])
+    gone = held[:REMOVED]
+    events = [
+        (document.worker, _removed(document.hashes[start : start + EVENT_BLOCKS]))
+        for document in gone
+        for start in range(len(document.hashes) - EVENT_BLOCKS, -1, -EVENT_BLOCKS)  # the end first, as engines do
+    ]
     begun = time.perf_counter()
-    tree.remove_worker(0)
+    for worker, event in events:
+        tree.apply_event(worker, event)
+    tree.find_matches([1])
+    found["removed"] = sum(len(document.hashes) for document in gone) / (time.perf_counter() - begun)
+    begun = time.perf_counter()
+    tree.remove_worker(held[-1].worker)
     tree.find_matches([1])
     found["removal"] = (time.perf_counter() - begun) * 1e3
     rng = Random(3)
@@ -103,3 +115,7 @@ def _stored(parent: Sequence[int], hashes: Sequence[int]) -> bytes:
     blocks = [{"block_hash": block, "tokens_hash": block} for block in hashes]
     data = {"parent_hash": parent[0] if parent else None, "blocks": blocks}
     return json.dumps({"event_id": 0, "dp_rank": 0, "data": {"stored": data}}).encode()
+
+
+def _removed(hashes: Sequence[int]) -> bytes:
+    return json.dumps({"event_id": 0, "dp_rank": 0, "data": {"removed": {"block_hashes": list(hashes)}}}).encode()

@@ -1,6 +1,6 @@
 """What became findable in a prefix cache and what was evicted from it, for those who follow it from elsewhere.
 
-A block is named by its route hash, the chained 64-bit hash by which routers know it. Each follower has a tail: what
+A block is named by its route hash, the chained 60-bit hash by which routers know it. Each follower has a tail: what
 changed since it last took from it, where only the last change of a block counts. Who begins, or fell so far behind that
 its tail was cut, takes a snapshot.
 """

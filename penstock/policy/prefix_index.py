@@ -29,7 +29,8 @@ from penstock.tokens import TOKEN_BYTES
 
 Incarnation: TypeAlias = tuple[str, int]  # a worker's name and epoch
 Lengths: TypeAlias = npt.NDArray[np.int64]
-Plane: TypeAlias = list[dict[int, int]]  # hash to holders, in the table that the hash's lowest bits say
+_Plane: TypeAlias = list[dict[int, int]]  # hash to holders, in the table that the hash's lowest bits say
+_Find: TypeAlias = Callable[[int], int]  # holders of a block
 
 TIERS = ("device", "host", "disk", "remote")  # nearest first; events name them by their numbers here
 DEVICE = 0
@@ -81,7 +82,8 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self.bits = 0
-        self._planes: dict[int, Plane] = {}  # by tier, those that were ever needed
+        self._planes: dict[int, _Plane] = {}  # by tier, those that were ever needed
+        self._finders: dict[int, _Find] = {}  # by how many tiers they look into
         self._seated: dict[Incarnation, _Holder] = {}
         self._order: npt.NDArray[np.intp] = np.empty(0, np.intp)  # numbers of the seated workers' bits
         self._alive = 0
@@ -94,6 +96,11 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Entries: different blocks in each tier, those of workers that left included until they are swept."""
         return sum(len(table) for plane in self._planes.values() for table in plane)
+
+    @property
+    def is_sweeping(self) -> bool:
+        """Whether entries of workers that left are still to be forgotten."""
+        return bool(self._dead) or self._sweeping is not None
 
     def seat(self, workers: Sequence[Incarnation], capacities: Sequence[int]) -> None:
         """These incarnations are there now, with room for so many blocks; the others are forgotten."""
@@ -173,13 +180,16 @@ class PrefixIndex:
 
     # Beliefs
 
-    def learn(self, worker: Incarnation, hashes: Sequence[int]) -> Sequence[int]:
-        """A prompt of these blocks goes there. Returns what of it should end with `doubt`: all that is news of it.
+    def learn(self, worker: Incarnation, hashes: Sequence[int], held: int = 0) -> Sequence[int]:
+        """A prompt of these blocks goes there, which is just found to hold the first so many.
+
+        Returns what of it should end with `doubt`: all that is news of it.
 
         Raises KeyError for a worker without a seat.
         """
         holder = self._seated[worker]
         if holder.tells:
+            hashes = hashes[held:]
             hashes = hashes[self._count(hashes, holder.bit) :]
         plane, believed, bit, sets = self._changed(_BELIEF), holder.believed, holder.bit, self._sets
         for block in reversed(hashes):  # the last first, so that a prefix is forgotten from its end
@@ -213,15 +223,14 @@ class PrefixIndex:
 
         In the first so many tiers, beliefs included.
         """
-        lengths = np.zeros(self.bits, np.int64)
-        for live, end in self._runs(hashes, self._finder(tiers)):
-            if live.bit_count() <= 4:
-                while live:
-                    lowest = live & -live
-                    lengths[lowest.bit_length() - 1] = end
-                    live ^= lowest
-            else:
+        lengths, find = np.zeros(self.bits, np.int64), self._finder(tiers)
+        live, end = self._alive, 0
+        while end < len(hashes) and (live := live & find(hashes[end])):
+            end = _reach(hashes, end, live, find)
+            if live.bit_count() > 4:
                 np.putmask(lengths, _as_mask(live, self.bits), end)
+            else:
+                lengths[_numbers(live)] = end
         return lengths.take(self._order)
 
     def count_held(self, worker: Incarnation, hashes: Sequence[int]) -> int:
@@ -232,16 +241,6 @@ class PrefixIndex:
     def has_lower_tiers(self) -> bool:
         """Whether anything was ever known to be held elsewhere than on a device."""
         return any(0 < tier < _BELIEF for tier in self._planes)
-
-    def _runs(self, hashes: Sequence[int], find: Callable[[int], int]) -> Iterator[tuple[int, int]]:
-        """Those who hold everything up to some block, and which; then those of them who hold more."""
-        live, start, blocks = self._alive, 0, len(hashes)
-        while start < blocks:
-            live &= find(hashes[start])
-            if not live:
-                return
-            start = _reach(hashes, start, live, find)
-            yield live, start
 
     def _count(self, hashes: Sequence[int], bit: int) -> int:
         if not self._planes:
@@ -262,22 +261,10 @@ class PrefixIndex:
                 return number
         return len(hashes)
 
-    def _finder(self, tiers: int) -> Callable[[int], int]:
-        """Holders of a block in these tiers."""
-        planes = [plane for tier, plane in self._planes.items() if tier < tiers or tier == _BELIEF]
-        if len(planes) == 1:
-            only = planes[0]
-            return lambda block: only[block & _TABLE].get(block, 0)
-        if len(planes) == 2:
-            one, other = planes
-            return lambda block: one[block & _TABLE].get(block, 0) | other[block & _TABLE].get(block, 0)
-
-        def find(block: int) -> int:
-            holders = 0
-            for plane in planes:
-                holders |= plane[block & _TABLE].get(block, 0)
-            return holders
-
+    def _finder(self, tiers: int) -> _Find:
+        if (find := self._finders.get(tiers)) is None:
+            planes = [plane for tier, plane in self._planes.items() if tier < tiers or tier == _BELIEF]
+            find = self._finders[tiers] = _finder(planes)
         return find
 
     # Bits
@@ -298,7 +285,7 @@ class PrefixIndex:
 
     # Changes
 
-    def _changed(self, tier: int) -> Plane:
+    def _changed(self, tier: int) -> _Plane:
         """The plane of `tier`, which is about to be changed."""
         if self._dead and self._sweeping is None:
             self._sweeping = self._sweep(self._dead, self._graves)
@@ -309,6 +296,7 @@ class PrefixIndex:
             self._sets.clear()
         if (plane := self._planes.get(tier)) is None:
             plane = self._planes[tier] = [{} for _ in range(_TABLES)]
+            self._finders.clear()
         return plane
 
     def _sweep(self, dying: int, graves: list[OrderedDict[int, None]]) -> Iterator[None]:
@@ -323,7 +311,7 @@ class PrefixIndex:
             while believed:
                 believed.popitem()
                 yield
-        self._free_bits += [1 << number for number in range(dying.bit_length()) if dying >> number & 1]
+        self._free_bits += [1 << number for number in _numbers(dying)]
 
     def _strike(self, table: dict[int, int], block: int, bits: int) -> None:
         """They hold it no more; the entry is there."""
@@ -332,12 +320,12 @@ class PrefixIndex:
         else:
             del table[block]
 
-    def _disbelieve(self, plane: Plane, holder: _Holder, block: int) -> None:
+    def _disbelieve(self, plane: _Plane, holder: _Holder, block: int) -> None:
         del holder.believed[block]
         self._strike(plane[block & _TABLE], block, holder.bit)
 
 
-def _reach(hashes: Sequence[int], start: int, live: int, find: Callable[[int], int]) -> int:
+def _reach(hashes: Sequence[int], start: int, live: int, find: _Find) -> int:
     """The first block after `start`, which they hold, that not all of `live` hold; as if they held no block later."""
     held, lost = start, len(hashes)
     if find(hashes[lost - 1]) & live == live:
@@ -356,6 +344,32 @@ def _reach(hashes: Sequence[int], start: int, live: int, find: Callable[[int], i
         else:
             lost = middle
     return lost
+
+
+def _finder(planes: Sequence[_Plane]) -> _Find:
+    if len(planes) == 1:
+        (only,) = planes
+        return lambda block: only[block & _TABLE].get(block, 0)
+    if len(planes) == 2:
+        one, other = planes
+        return lambda block: one[block & _TABLE].get(block, 0) | other[block & _TABLE].get(block, 0)
+
+    def find(block: int) -> int:
+        holders = 0
+        for plane in planes:
+            holders |= plane[block & _TABLE].get(block, 0)
+        return holders
+
+    return find
+
+
+def _numbers(bits: int) -> list[int]:
+    found = []
+    while bits:
+        lowest = bits & -bits
+        found.append(lowest.bit_length() - 1)
+        bits ^= lowest
+    return found
 
 
 def _as_mask(bits: int, size: int) -> npt.NDArray[np.bool_]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,13 @@ class Found:
     """What is believed cached of one prompt: one entry per worker, always less than the prompt.
 
     `lower_tokens` are those of `tokens` that lie in a tier below the device. `hashes` are the prompt's, by grain.
+    `counted` are the blocks of workers of which each was looked at.
     """
 
     tokens: Floats
     lower_tokens: Floats
     hashes: Mapping[int, Sequence[int]]
+    counted: dict[Incarnation, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,12 +88,14 @@ class Prefixes:
     def recount(self, worker: Incarnation, found: Found, prompt_tokens: int) -> int:
         """One worker's `tokens` with a look at every block, where `find` takes who holds one to hold its parents."""
         grain = self._grain_of[worker]
-        return self._kinds[grain].index.count_held(worker, found.hashes[grain][: (prompt_tokens - 1) // grain]) * grain
+        reusable = found.hashes[grain][: (prompt_tokens - 1) // grain]
+        blocks = found.counted[worker] = self._kinds[grain].index.count_held(worker, reusable)
+        return blocks * grain
 
     def learn(self, request_id: str, worker: Incarnation, found: Found) -> None:
         """The request's prompt will be cached there."""
         grain = self._grain_of[worker]
-        if news := self._kinds[grain].index.learn(worker, found.hashes[grain]):
+        if news := self._kinds[grain].index.learn(worker, found.hashes[grain], found.counted.get(worker, 0)):
             self._beliefs.setdefault(request_id, []).append((worker, news))
 
     def end(self, request_id: str, now: float) -> None:

@@ -157,13 +157,18 @@ class Fleet:
 
     def reached_from(self, prefill: int) -> Indices:
         """The decoders that `prefill` can compute for: at least one, if it is one of `prefillers`."""
-        return self.decoders[np.isfinite(self.path(prefill).start_s[self.decoders])]
+        reached = self._reached(prefill)
+        reached[prefill] = True
+        return self.decoders[reached[self.decoders]]
 
     def reaching(self, decode: int) -> Indices:
         """The prefillers that can compute for `decode`, without itself."""
-        reached = _alike(self.memory, decode) | _alike(self.network, decode)
+        reached = self._reached(decode)
         reached[decode] = False
         return self.prefillers[reached[self.prefillers]]
+
+    def _reached(self, worker: int) -> Mask:
+        return _alike(self.memory, worker) | _alike(self.network, worker)
 
     def _helps(self, prefillers: Indices, decoders: Indices) -> Mask:
         helped = np.isin(prefillers, decoders)
