@@ -13,19 +13,20 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
 import httpx
-from frontend import MODEL, PROMPTS, Case, cpu_of, free_port, make_model, running, serving, wait_ready
-from loadgen import Totals, chat_request, generate_load
+from frontend import MODEL, PROMPTS, Case, cpu_of, free_port, make_model, running, serving
+from loadgen import chat_request, generate_load
 from report import Row, emit
 
+POLICY = "pairs"
 CASES = (
-    Case("256 streams, a step every 6 ms", 0.006, 256, 128, 128, (("CPU per event", "us", 25.0),)),
-    Case("32 streams, as fast as it goes", 0.0, 32, 128, 128, (("CPU per event", "us", 25.0),)),
-    Case("128 tokens in, 1 out", 0.0, 32, 128, 1, (("CPU per request", "ms", 1.0),)),
+    Case("256 streams, a step every 6 ms", 0.006, 256, 128, 128, "CPU per event", "us", {POLICY: 25.0}),
+    Case("32 streams, as fast as it goes", 0.0, 32, 128, 128, "CPU per event", "us", {POLICY: 25.0}),
+    Case("128 tokens in, 1 out", 0.0, 32, 128, 1, "CPU per request", "ms", {POLICY: 1.0}),
 )
 CONVERSATIONS, TURNS, AT_A_TIME = 12, 5, 3
 FIRST_WORDS, MORE_WORDS = 220, 25
@@ -45,24 +46,21 @@ def main() -> None:
     rounds, seconds = (1, 3.0) if arguments.quick else (3, 8.0)
     with tempfile.TemporaryDirectory() as folder:
         words = make_model(Path(folder))
-        rows = [row for case in CASES for row in measure(Path(folder), words, case, rounds, seconds, cores[0])]
+        rows = [measure(Path(folder), words, case, rounds, seconds, cores[0]) for case in CASES]
     emit(rows, arguments.json)
 
 
-def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds: float, core: int) -> Iterator[Row]:
-    samples = [one_round(folder, words, case, Random(seed), seconds, core) for seed in range(rounds)]
-    for what, unit, aim in case.rows:
-        yield Row(f"{what}: {case.name}", statistics.median(sample[what] for sample in samples), unit, aim=aim)
+def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds: float, core: int) -> Row:
+    values = [one_round(folder, words, case, Random(seed), seconds, core) for seed in range(rounds)]
+    return Row(f"{case.what}: {case.name}", statistics.median(values), case.unit, aim=case.aims[POLICY])
 
 
-def one_round(
-    folder: Path, words: Sequence[str], case: Case, rng: Random, seconds: float, core: int
-) -> dict[str, float]:
+def one_round(folder: Path, words: Sequence[str], case: Case, rng: Random, seconds: float, core: int) -> float:
     prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(PROMPTS)]
     requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
     cpu_s: list[float] = []
     port = free_port()
-    with serving(folder, case, core) as ((host, upstream), _):
+    with serving(folder, case, POLICY, core) as ((host, upstream), _):
         flags = (f"--attach=http://{host}:{upstream}", f"--tokenizer={folder}", f"--port={port}")
         with running("router", None, "", *flags) as router:
             os.sched_setaffinity(router, {core})
@@ -72,14 +70,20 @@ def one_round(
             )
     if totals.errors:
         raise SystemExit(f"{case.name}: {totals.errors[0]}")
-    return results(totals, cpu_s[1] - cpu_s[0])
+    used_s = cpu_s[1] - cpu_s[0]
+    return used_s / totals.events * 1e6 if case.unit == "us" else used_s / totals.requests * 1e3
 
 
-def results(totals: Totals, cpu_s: float) -> dict[str, float]:
-    return {
-        "CPU per event": cpu_s / totals.events * 1e6,
-        "CPU per request": cpu_s / max(1, totals.requests) * 1e3,
-    }
+def wait_ready(port: int, timeout_s: float = 20.0) -> None:
+    until_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/ready", timeout=1).raise_for_status()
+            return
+        except httpx.HTTPError:
+            if time.monotonic() > until_s:
+                raise SystemExit(f"the router was not ready within {timeout_s:.0f} s") from None
+            time.sleep(0.05)
 
 
 async def hold_conversations(url: str) -> list[Row]:
