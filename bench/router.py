@@ -145,6 +145,18 @@ def _places(count: int) -> tuple[int, int]:
     return count // 2, count * 99 // 100
 
 
+class Racks:
+    """The wiring of so many GPUs."""
+
+    def __init__(self, gpus: int) -> None:
+        nodes = Nodes(NODES["hgx-h100"], GPUS_PER_RACK // 8)
+        racks = Domain("rack", (nodes,), count=-(-gpus // GPUS_PER_RACK), oversubscription=2)
+        self._climber = Climber(build([racks]))
+
+    def climb(self, device: str) -> Sequence[Rung]:
+        return self._climber.climb((device,))
+
+
 class Cluster:
     """A router's roster, and requests to decide on."""
 
@@ -152,11 +164,10 @@ class Cluster:
         self.workers, self.roles, self.entries = workers, roles, entries
         self._rng = Random(1)
         self._members = _members(workers, roles)
-        self.roster, self._now = Roster(self), 0.0
-        self._climber = Climber(build([_racks(workers)]))
+        self.roster, self._now = Roster(Racks(workers)), 0.0
         self._report("idle")
         self.requests = self._fill()
-        gc.freeze()  # the fabric is many objects, which would be walked through once, in the midst of a decision
+        gc.freeze()  # else the collector walks through all of it once more, in the midst of a decision
 
     def __str__(self) -> str:
         roles = "" if self.roles == SPLIT else " of either kind"
@@ -164,10 +175,6 @@ class Cluster:
 
     def fleet(self) -> Fleet:
         return self.roster.fleet(self._now)
-
-    def climb(self, device: str) -> Sequence[Rung]:
-        """What a roster asks of its wiring."""
-        return self._climber.climb((device,))
 
     def enter(self, state: str) -> None:
         """Everything that a decision finds ready after the first one is found."""
@@ -256,11 +263,6 @@ def _members(workers: int, roles: tuple[Role, Role]) -> list[Member]:
         )
         for number, place in enumerate(places)
     ]
-
-
-def _racks(workers: int) -> Domain:
-    nodes = Nodes(NODES["hgx-h100"], GPUS_PER_RACK // 8)
-    return Domain("rack", (nodes,), count=-(-workers // GPUS_PER_RACK), oversubscription=2)
 
 
 def _load(state: str, number: int, at_s: float, rng: Random) -> Load:

@@ -123,15 +123,19 @@ class PrefixIndex:
         holder = self._seated[worker]
         plane, bit, sets = self._changed(tier), holder.bit, self._sets
         count = digest = 0
+        before = after = -1  # neighbours often have one and the same set of holders
         for block in hashes:
             table = plane[block & _TABLE]
             holders = table.get(block)
             if holders is None:
                 table[block] = bit
+            elif holders is before:
+                table[block] = after
             elif holders & bit:
                 continue
             else:
-                table[block] = sets.setdefault(holders | bit, holders | bit)
+                before, after = holders, sets.setdefault(holders | bit, holders | bit)
+                table[block] = after
             count += 1
             digest ^= block
         if tier == DEVICE:
@@ -192,6 +196,7 @@ class PrefixIndex:
             hashes = hashes[held:]
             hashes = hashes[self._count(hashes, holder.bit) :]
         plane, believed, bit, sets = self._changed(_BELIEF), holder.believed, holder.bit, self._sets
+        before = after = -1
         for block in reversed(hashes):  # the last first, so that a prefix is forgotten from its end
             if block in believed:
                 believed.move_to_end(block)
@@ -201,8 +206,11 @@ class PrefixIndex:
             holders = table.get(block)
             if holders is None:
                 table[block] = bit
+            elif holders is before:
+                table[block] = after
             elif not holders & bit:
-                table[block] = sets.setdefault(holders | bit, holders | bit)
+                before, after = holders, sets.setdefault(holders | bit, holders | bit)
+                table[block] = after
         while len(believed) > holder.capacity:
             self._disbelieve(plane, holder, next(iter(believed)))
         return hashes if holder.tells else ()
