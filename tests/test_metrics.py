@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.metrics import Histogram, Metrics, count, render
+from penstock.metrics import Histogram, IndexMetrics, Metrics, count, render
 
 
 def test_a_bound_belongs_to_its_bucket() -> None:
@@ -20,7 +20,8 @@ def test_buckets_are_cumulative_on_the_page() -> None:
     metrics = Metrics()
     for value in (0.001, 0.002, 100.0):
         metrics.model("demo").itl_s.observe(value)
-    families = {family.name: family for family in text_string_to_metric_families(render(metrics, {}, (), 0.0).decode())}
+    page = render(metrics, {}, (), IndexMetrics(), 0.0).decode()
+    families = {family.name: family for family in text_string_to_metric_families(page)}
     samples = families["penstock_inter_token_latency_seconds"].samples
     buckets = [sample for sample in samples if sample.name.endswith("_bucket")]
     assert [buckets[0].value, buckets[1].value, buckets[-2].value, buckets[-1].value] == [1, 2, 2, 3]

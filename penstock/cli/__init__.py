@@ -3,6 +3,7 @@
     serve      everything on this machine, in one command
     worker     one more worker for a server that runs
     frontend   the HTTP side alone; `serve` starts it, and so can an orchestrator
+    router     in front of servers that run already: vLLM, SGLang, others
     profile    how long steps of an engine take here, and a model of it
     topology   what is wired to what
     route      why a request went where it went
@@ -29,11 +30,13 @@ from penstock.cli import process, sockets
 from penstock.cli.model import find_model
 from penstock.cluster import Role
 from penstock.config import (
+    AttachSettings,
     EngineSettings,
     FleetSettings,
     FrontendConfig,
     KvSettings,
     ListenSettings,
+    RouterConfig,
     Secrets,
     ServeConfig,
     ServiceSettings,
@@ -56,6 +59,7 @@ Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
 Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
+Attach = Annotated[AttachSettings, Parameter(name="*", group="Servers", consume_multiple=True)]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Descriptor = Annotated[int | None, Parameter(show=False)]  # of a socket that `serve` has bound
@@ -156,6 +160,7 @@ def worker(
     label: dict[str, str] | None = None,
     engine: Engine = EngineSettings(),
     kv: Kv = KvSettings(),
+    kv_events: str = "",
     discovery: str = "",
     log_level: LogLevel = "warning",
 ) -> None:
@@ -175,6 +180,10 @@ def worker(
         What clients call the model; by default the folder's name or the hub id.
     host
         The address at which other processes reach this worker; by default the one that leads to --join.
+    kv_events
+        Also publish what the prefix cache holds over ZMQ, in vLLM's format, for routers other than penstock's: an
+        endpoint of this host, as tcp://127.0.0.1:5557, or with one that repeats events, as
+        tcp://127.0.0.1:5557,replay=tcp://127.0.0.1:5558.
     device
         The device of the server's --topology that this worker computes on, as `penstock topology` names it.
     label
@@ -198,6 +207,7 @@ def worker(
         host=host or sockets.address_towards(join),
         engine=engine,
         kv=kv,
+        kv_events=kv_events,
         device=device,
         labels=label or {},
     )
@@ -255,6 +265,44 @@ def frontend(
     from penstock.cli.frontend import run_frontend
 
     process.run(run_frontend(config, http, registry))
+
+
+@app.command
+def router(
+    *,
+    servers: Attach = AttachSettings(),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str = "",
+    policy: str = "pairs",
+    log_level: LogLevel = "warning",
+) -> None:
+    """Route between OpenAI-compatible servers that run already, vLLM and SGLang above all, by load and cached prefixes.
+
+    PENSTOCK_UPSTREAM_KEY is the key that these servers want; without it they get the client's own.
+
+    Parameters
+    ----------
+    host
+        Address for clients.
+    port
+        Port for clients; 0 takes a free one.
+    api_key
+        What clients must send as their key. Better set PENSTOCK_API_KEY: command lines can be seen by others.
+    policy
+        How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
+    log_level
+        The least serious messages to print on standard error.
+    """
+    from penstock.cli.router import print_ready, run_router
+
+    process.log_to_stderr("router", log_level)
+    key = process.api_key(api_key)
+    listen = ListenSettings(host=host, port=port, api_key=key)
+    sockets.check_exposure(listen)
+    http = sockets.listen_at(host, port, "--port")
+    config = RouterConfig(servers, policy, key, process.upstream_key())
+    process.run(run_router(config, http, print_ready(f"http://{sockets.address_of(http)}")))
 
 
 @app.command

@@ -82,6 +82,11 @@ def api_key(given: str) -> str:
     return given or os.environ.get("PENSTOCK_API_KEY", "")
 
 
+def upstream_key() -> str:
+    """The key that servers behind a router want, from PENSTOCK_UPSTREAM_KEY."""
+    return os.environ.get("PENSTOCK_UPSTREAM_KEY", "")
+
+
 def unique_name() -> str:
     """A name for a worker that got none."""
     return f"{socket.gethostname()}-{os.getpid()}"

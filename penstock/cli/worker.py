@@ -9,6 +9,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from penstock import clock, plugin
 from penstock.cli import process, sockets
@@ -22,6 +23,9 @@ from penstock.transport.api import Transport
 from penstock.transport.host_memory import new_region as new_host_region
 from penstock.transport.memory import bare_region
 from penstock.wire.stream import StreamWire
+
+if TYPE_CHECKING:
+    from penstock.wire.zmq_publisher import PublisherOptions
 
 REPORT_S = 1.0
 SWITCH_INTERVAL_S = 0.0005  # how long the engine's thread may keep the interpreter from the event loop
@@ -41,6 +45,8 @@ async def run_worker(config: WorkerConfig) -> None:
         options = worker_options(config, transports)
         new_region = new_host_region if engine.info.shares_memory else bare_region
         worker = await stack.enter_async_context(Worker(options, engine, wires, new_region, transports))
+        if config.kv_events:
+            await stack.enter_async_context(_publishing(publisher_options(config.kv_events), worker))
         gc.freeze()  # a model is 360,000 objects, which the collector need not walk through again
         await worker.serve(_stay_known(config, worker), leave, process.grace_s)
 
@@ -74,6 +80,20 @@ def _build_transport(spec: str, config: WorkerConfig) -> Transport:
     return transport
 
 
+def publisher_options(spec: str) -> PublisherOptions:
+    """From `ENDPOINT` or `ENDPOINT,key=value,key=value`. Raises SetupError."""
+    from penstock.wire.zmq_publisher import PublisherOptions  # loads ZMQ, which most workers do without
+
+    endpoint, _, listed = spec.partition(",")
+    return parse(PublisherOptions, {"endpoint": endpoint} | settings(f"--kv-events:{listed}", "flag"), "--kv-events")
+
+
+def _publishing(options: PublisherOptions, worker: Worker) -> AbstractAsyncContextManager[None]:
+    from penstock.wire.zmq_publisher import publishing
+
+    return publishing(worker.journal, worker.member.layout.block_tokens, options)
+
+
 async def _opened(stack: AsyncExitStack, transport: Transport) -> Transport:
     if isinstance(transport, AbstractAsyncContextManager):
         await stack.enter_async_context(transport)
@@ -96,6 +116,7 @@ def worker_options(config: WorkerConfig, transports: Sequence[Transport]) -> Wor
         device=config.device,
         labels=config.labels,
         lend=LendOptions(lease_s=config.kv.lease_s),
+        keeps_origins=bool(config.kv_events),
     )
 
 

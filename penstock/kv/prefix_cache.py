@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from penstock.blocks import BlockHash, BlockId
 from penstock.errors import OutOfBlocks
+from penstock.kv.journal import UNTOLD, Journal, Origin
 from penstock.kv.pool import BlockPool
 
 
@@ -14,10 +15,11 @@ class PrefixCache:
     """All blocks of one region: handed out, found again by hash, evicted least recently used first.
 
     A block is findable from `publish` until it is evicted. Two sequences that computed the same block at the same
-    time both keep theirs; only the first is findable. Owned by one worker.
+    time both keep theirs; only the first is findable. Owned by one worker. `journal` hears what can be found.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, journal: Journal | None = None) -> None:
+        self.journal = journal
         self._pool = BlockPool(blocks)
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}
@@ -73,11 +75,16 @@ class PrefixCache:
         for block in blocks:
             self._pool.hold(block)
 
-    def publish(self, block: BlockId, digest: BlockHash) -> None:
-        """`block`, held by the caller, is full, computed and will not change: others may find it."""
+    def publish(self, block: BlockId, digest: BlockHash, route: int = 0, origin: Origin = UNTOLD) -> None:
+        """`block`, held by the caller, is full, computed and will not change: others may find it.
+
+        `route` and `origin` are what the journal is to say of it.
+        """
         if digest not in self._by_hash and block not in self._hash_of:
             self._by_hash[digest] = block
             self._hash_of[block] = digest
+            if self.journal is not None:
+                self.journal.stored(block, route, origin)
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """One reference less for each. Findable ones are kept; of one sequence the tail is evicted first."""
@@ -112,4 +119,6 @@ class PrefixCache:
     def _evict_oldest(self) -> None:
         block, _ = self._idle.popitem(last=False)
         del self._by_hash[self._hash_of.pop(block)]
+        if self.journal is not None:
+            self.journal.evicted(block)
         self._pool.free_idle(block)

@@ -143,8 +143,12 @@ class PrefixIndex:
             holder.digest ^= digest
 
     def removed(self, worker: Incarnation, hashes: Sequence[int], tier: int = DEVICE) -> None:
-        """It does not hold these blocks any more. Idempotent."""
+        """It does not hold these blocks any more, whatever was believed. Idempotent."""
         holder = self._seated[worker]
+        if holder.believed:
+            beliefs = self._changed(_BELIEF)
+            for block in filter(holder.believed.__contains__, hashes):
+                self._disbelieve(beliefs, holder, block)
         plane, bit, sets = self._changed(tier), holder.bit, self._sets
         count = digest = 0
         for block in hashes:

@@ -88,6 +88,10 @@ class Backend(Protocol):
         """Live workers by name."""
         ...
 
+    def index_metrics(self) -> metrics.IndexMetrics:
+        """What workers told of their prefix caches."""
+        ...
+
     def stalled(self) -> Collection[str]:
         """Those of them whose engines stand still."""
         ...
@@ -437,7 +441,9 @@ class Frontend:
 
     async def _show_metrics(self, exchange: Exchange) -> None:
         backend = self._backend
-        page = metrics.render(self.metrics, backend.standings(), backend.stalled(), self._pulse.delay_p99_s)
+        page = metrics.render(
+            self.metrics, backend.standings(), backend.stalled(), backend.index_metrics(), self._pulse.delay_p99_s
+        )
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
 
     async def _show_hints(self, exchange: Exchange) -> None:

@@ -22,6 +22,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 ABORT = "penstock.abort"  # ASGI extension of `http_server`: its "abort" drops the connection at once
 JSON = b"application/json"
+EVENTS = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"))
 _SANE_NAME = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 
 
@@ -36,6 +37,7 @@ class Exchange:
         given = self.headers.get(b"x-request-id", b"")
         self.name = given.decode() if _SANE_NAME.fullmatch(given) else id
         self.is_started = False
+        self.is_ended = False
         self._abort: Callable[[], None] | None = (scope.get("extensions") or {}).get(ABORT, {}).get("abort")
         self._receive = receive
         self._send = send
@@ -64,9 +66,9 @@ class Exchange:
         await self._start(status, [(b"content-type", kind), length, *headers])
         await self.end(body)
 
-    async def begin(self) -> None:
-        """Starts a stream of server-sent events."""
-        await self._start(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
+    async def begin(self, status: int = 200, headers: Headers = EVENTS) -> None:
+        """Starts a stream, by default of server-sent events."""
+        await self._start(status, list(headers))
 
     async def write(self, events: bytes, at_s: float) -> None:
         """Sends events; waits while the client reads too slowly. `at_s` is the time now, which the caller knows."""
@@ -76,12 +78,15 @@ class Exchange:
 
     async def end(self, rest: bytes) -> None:
         """Sends the last events, or the whole body."""
+        self.is_ended = True
         self._sending_since_s = now()
         await self._send({"type": "http.response.body", "body": rest, "more_body": False})
         self._sending_since_s = None
 
     async def watch_client(self, patience_s: float) -> None:
-        """Returns never. Raises Cancelled once the client left, or has read nothing for `patience_s` or a bit more.
+        """Raises Cancelled once the client left, or has read nothing for `patience_s` or a bit more.
+
+        Returns if it left when the response had ended.
 
         To be called once the body has been read.
         """
@@ -95,6 +100,8 @@ class Exchange:
                     raise Cancelled(f"the client read nothing for {patience_s:.0f} s") from None
             else:
                 if message["type"] == "http.disconnect":
+                    if self.is_ended:
+                        return
                     raise Cancelled("the client left")
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""Serves the frontend on a listening socket: uvicorn's HTTP/1.1 protocol (httptools) on the running loop.
+"""Serves the frontend, or a proxy, on a listening socket: uvicorn's HTTP/1.1 protocol on the running loop.
 
 uvicorn's own server is left out: it takes over signals, and its shutdown ends streams without a word.
 """
@@ -9,13 +9,13 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from penstock.serve.frontend import Frontend
-from penstock.serve.http import ABORT
+from penstock.serve.http import ABORT, Receive, Scope, Send
 
 IDLE_S = 65.0  # a connection may be silent between requests; longer than load balancers assume
 LINGER_S = 5.0  # after the last request's end, for its last bytes to leave
@@ -23,8 +23,18 @@ MAX_HEAD_BYTES = 64 << 10
 BACKLOG = 2048
 
 
+class App(Protocol):
+    """An ASGI application that can be told to end what runs; `frontend` and `proxy` are."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no new requests; those that run end within `grace_s`."""
+        ...
+
+
 @asynccontextmanager
-async def serve_http(app: Frontend, sock: socket.socket, grace_s: Callable[[], float]) -> AsyncIterator[None]:
+async def serve_http(app: App, sock: socket.socket, grace_s: Callable[[], float]) -> AsyncIterator[None]:
     """Serves while inside the block. Takes over `sock`, which is bound and may listen already.
 
     Leaving the block refuses new requests, lets those that run end within `grace_s()`, and then ends them by an error.
@@ -47,7 +57,7 @@ async def serve_http(app: Frontend, sock: socket.socket, grace_s: Callable[[], f
         await state.wait_closed(LINGER_S)
 
 
-def _config(app: Frontend) -> Config:
+def _config(app: App) -> Config:
     config = Config(
         app,
         interface="asgi3",

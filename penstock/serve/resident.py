@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from penstock.blocks import BlockHash, BlockId, KvLayout, chain_hashes
+from penstock.kv.journal import UNTOLD, Origin
 from penstock.kv.prefix_cache import PrefixCache
+from penstock.policy.prefix_index import prefix_hashes
 from penstock.serve.stepper import Run, Stepper
 from penstock.tokens import pack
 
@@ -20,6 +22,7 @@ class Resident:
         self._cache = cache
         self._layout = layout
         self._salt = salt
+        self._routes: list[int] = []  # what routers call the blocks of `hashes`; empty where nobody is told
         self._hash_blocks()
 
     def cached_tokens(self) -> int:
@@ -42,8 +45,15 @@ class Resident:
         if full > len(self.hashes):
             self._hash_blocks()
         for index in range(self.published, full):
-            self._cache.publish(self.run.blocks[index], self.hashes[index])
+            self.publish_block(index, self.run.blocks[index])
         self.published = max(self.published, full)
+
+    def publish_block(self, index: int, block: BlockId) -> None:
+        """`block` holds the block of that index, and the caller holds it: others may find it."""
+        if not self._routes:
+            self._cache.publish(block, self.hashes[index])
+        else:
+            self._cache.publish(block, self.hashes[index], self._routes[index], self._origin(index))
 
     def leave(self, stepper: Stepper, then: Callable[[], None] = lambda: None) -> None:
         """Takes the run out, and releases what it holds once no step touches it; `then` is called after that."""
@@ -65,3 +75,12 @@ class Resident:
         size, known = self._layout.block_tokens, len(self.hashes)
         fresh = pack(self.run.tokens[known * size :])
         self.hashes += chain_hashes(fresh, size, self._salt, self.hashes[-1] if known else None)
+        if self._cache.journal is not None:
+            self._routes += prefix_hashes(fresh, size, self._salt, self._routes[-1] if known else None)
+
+    def _origin(self, index: int) -> Origin:
+        if self._cache.journal is None or not self._cache.journal.keeps_origins:
+            return UNTOLD
+        size = self._layout.block_tokens
+        tokens = pack(self.run.tokens[index * size : (index + 1) * size])
+        return Origin(self._routes[index - 1] if index else None, tokens, self._salt)

@@ -12,25 +12,31 @@ from random import Random
 from msgspec.structs import replace
 
 from penstock import clock
-from penstock.cluster import ModelCard, Standing
+from penstock.cluster import Member, ModelCard, Standing
 from penstock.discovery.api import Discovery
 from penstock.errors import NoWorker, UnknownModel, WorkerDraining, WorkerStalled
-from penstock.metrics import QueueMetrics
+from penstock.metrics import IndexMetrics, QueueMetrics
 from penstock.policy.admission import ServiceLevel
 from penstock.policy.constraints import ANYWHERE, Steering
 from penstock.policy.forecast import Forecast, forecast
 from penstock.policy.liveness import Liveness
+from penstock.policy.prefix_index import Incarnation, PrefixIndex
+from penstock.policy.prefixes import incarnation
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Fleet, Route
 from penstock.policy.routing.roster import Roster
 from penstock.policy.routing.ways import Wiring
 from penstock.request import Plan, Request
+from penstock.serve import kv_events
 from penstock.serve.admission import Admission
 from penstock.serve.decisions import Decided, Decision, Journal
+from penstock.serve.kv_watch import CallFeed, KvWatch, NewFeed
 from penstock.serve.rpc import Endpoint
 from penstock.serve.stream import Stream, StreamOptions
 
 log = logging.getLogger(__name__)
+
+FEEDS: Mapping[str, NewFeed] = {kv_events.CALL: CallFeed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class Router:
     """Used as `async with`; then `generate` for each request. Owns the roster of each model's workers.
 
     `wiring` prices transfers between the devices that workers name; without it all that are possible cost the same.
+    `feeds` are ways to hear of workers' caches, see `KvWatch`.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Router:
         wiring: Wiring | None = None,
         service: ServiceOptions = ServiceOptions(),
         queued: QueueMetrics | None = None,
+        feeds: Mapping[str, NewFeed] = FEEDS,
     ) -> None:
         self.options = options
         self.endpoint = endpoint
@@ -77,6 +85,7 @@ class Router:
         self._watcher: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._streams: dict[Stream, None] = {}
+        self._kv_watch = KvWatch(endpoint, feeds)
 
     async def __aenter__(self) -> Router:
         """Raises SetupError if the discovery cannot be watched."""
@@ -89,10 +98,19 @@ class Router:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
+        await self._kv_watch.close()
 
     def standings(self) -> Mapping[str, Standing]:
         """Live workers by name."""
         return self._fleet
+
+    def index_metrics(self) -> IndexMetrics:
+        """What workers told of their prefix caches."""
+        metrics = self._kv_watch.metrics
+        metrics.blocks = {
+            worker: index.digest((worker, epoch))[0] for (worker, epoch), (_, index) in self.indices().items()
+        }
+        return metrics
 
     def stalled(self) -> Collection[str]:
         """Workers whose engines stand still: they get nothing, as long as there are others."""
@@ -253,8 +271,18 @@ class Router:
             self._steering.forget(model)
         for model, standings in models.items():
             self._rosters.setdefault(model, Roster(self._wiring)).update(standings, now)
+        self._kv_watch.update(self.indices())
         if self._admission is not None:
             self._admission.look()
+
+    def indices(self) -> dict[Incarnation, tuple[Member, PrefixIndex]]:
+        """Where what workers tell of their caches is entered, for those who tell anything."""
+        seats: dict[Incarnation, tuple[Member, PrefixIndex]] = {}
+        for member in [standing.member for standing in self._fleet.values()]:
+            worker = incarnation(member)
+            if member.kv_events and (index := self._rosters[member.model].index(worker)) is not None:
+                seats[worker] = member, index
+        return seats
 
     async def _watch(self, fleets: AsyncIterator[dict[str, Standing]]) -> None:
         # Who vanishes here gets nothing new. What it has goes on: only its own connection tells whether it lives.

@@ -135,8 +135,8 @@ class Streamer:
                 conduit.read(pairs)
                 await conduit.flush()
             await job.release()
-            for (block, _), digest in zip(pairs, resident.hashes[len(found) :], strict=False):
-                self._cache.publish(block, digest)
+            for index, (block, _) in enumerate(pairs, len(found)):
+                resident.publish_block(index, block)
             return len(pairs) * size
         except (ConnectionLost, Refused) as error:
             log.info("a prefix of %s is computed, since it cannot be fetched: %s", job.ask.request, error)

@@ -14,11 +14,14 @@ from penstock import clock
 from penstock.blocks import Region
 from penstock.cluster import Load, Member, Role, Standing
 from penstock.engine.api import Engine
+from penstock.kv.journal import Journal
 from penstock.kv.lease import LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.batching import Limits
 from penstock.policy.latency.steps import StepFit
+from penstock.serve import kv_events
 from penstock.serve.decode import DecodeOptions, Decoder
+from penstock.serve.kv_events import Teller, TellOptions
 from penstock.serve.lend import Lender, LendOptions
 from penstock.serve.paths import PathOptions, Paths, Shared
 from penstock.serve.prefill import Prefiller, PrefillOptions
@@ -61,6 +64,8 @@ class WorkerOptions:
     lend: LendOptions = field(default_factory=LendOptions)
     paths: PathOptions = field(default_factory=PathOptions)
     rpc: RpcOptions = field(default_factory=RpcOptions)
+    tell: TellOptions = field(default_factory=TellOptions)
+    keeps_origins: bool = False  # the journal says what blocks hold as well
     pulse_s: float = 0.05
     sweep_s: float = 1.0
 
@@ -69,10 +74,11 @@ class Worker:
     """Used as `async with`: entering loads the engine, makes the region, offers it over all transports, and listens.
 
     Others may be there to reach this worker's KV, `transports` is how; without any it prefills for itself alone.
-    Its `endpoint`, known once it is open, is there to call others with.
+    Its `endpoint`, known once it is open, is there to call others with; its `journal`, to follow its prefix cache.
     """
 
     endpoint: Endpoint
+    journal: Journal
     _member: Member
 
     def __init__(
@@ -221,13 +227,15 @@ class Worker:
             device=options.device,
             engine=info.name,
             supports=info.supports,
+            kv_events=kv_events.CALL,
             labels=dict(options.labels),
             chunk_tokens=options.limits.step_tokens,
         )
 
     def _assemble(self, shared: Shared, endpoint: Endpoint) -> None:
         options, engine = self._options, self._engine
-        self._cache = PrefixCache(shared.region.blocks)
+        self.journal = Journal(shared.region.blocks, options.keeps_origins)
+        self._cache = PrefixCache(shared.region.blocks, self.journal)
         self._leases = LeaseTable(self._cache, options.lend.lease_s)
         self._stepper = Stepper(
             engine, shared.region, self._cache, self._leases, options.limits, StepFit(engine.info.step_prior)
@@ -248,6 +256,7 @@ class Worker:
             "prefill": self._prefiller.prefill,
             "settle": self._prefiller.settle,
             "prefer": self._serve_prefer,
+            "kv_events": Teller(self.journal, options.tell).tell,
             "measure": prober.measure,
             "sink": prober.sink,
         }

@@ -9,7 +9,7 @@ run_virtual(story())
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -24,7 +24,8 @@ from penstock.policy.latency.transfers import over
 from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Route
 from penstock.request import Constraints, Finish, Request, Sampling
-from penstock.serve.router import Router, ServiceOptions
+from penstock.serve.kv_watch import NewFeed
+from penstock.serve.router import FEEDS, Router, ServiceOptions
 from penstock.serve.worker import Worker, WorkerOptions
 from penstock.sim.faults import FAIR, MortalEngine, Weather
 from penstock.sim.network import Network
@@ -95,6 +96,7 @@ class World(Processes):
         weather: Weather = FAIR,
         policy: Route = pairs.route,
         service: ServiceOptions = ServiceOptions(),
+        feeds: Mapping[str, NewFeed] = FEEDS,
     ) -> None:
         self.shape = shape
         self.rng = Random(seed)
@@ -107,7 +109,7 @@ class World(Processes):
         }
         self._requests = 0
         self.queue = QueueMetrics()
-        new_router = partial(Router, policy=policy, service=service, queued=self.queue)
+        new_router = partial(Router, policy=policy, service=service, queued=self.queue, feeds=feeds)
         hubs: list[Hub] = [self.memory, *self.ways.values()]
         super().__init__(self._make, hubs, self.rng, weather, shape.timing, shape.worker.rpc, new_router)
 

@@ -6,8 +6,9 @@ scheme names the backend: `memory:NAME`, `tcp:HOST:PORT`, `unix:PATH`, `unix:@NA
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Protocol
 
 MAX_FRAME_BYTES = 64 << 20
@@ -55,3 +56,24 @@ class Wire(Protocol):
     async def connect(self, address: str, token: str, timeout_s: float = 5.0) -> Connection:
         """Raises Refused (nobody there, wrong token) or ConnectionLost (no answer within `timeout_s`)."""
         ...
+
+
+class EventSource(Protocol):
+    """One engine's KV events, in the format of `kv_events`; used as `async with`. Messages can be lost."""
+
+    async def __aenter__(self) -> EventSource: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def read(self) -> tuple[int, bytes]:
+        """Waits for the next message: its sequence and payload. Raises WireError for what is none."""
+        ...
+
+    async def replay(self, first: int) -> Sequence[tuple[int, bytes]]:
+        """What the engine still has from message `first` on; nothing if it repeats nothing, or does not answer."""
+        ...
+
+
+Subscribe = Callable[[str, str], EventSource]  # to an engine's endpoint and its replay endpoint, which may be empty

@@ -71,6 +71,12 @@ def test_every_command_has_help(command: str) -> None:
     assert "--model-name" in shown.stdout
 
 
+def test_the_router_has_help() -> None:
+    assert "router" in penstock("--help").stdout
+    shown = penstock("router", "--help").stdout
+    assert all(flag in shown for flag in ("--attach", "--prefill", "--decode", "--tokenizer", "--policy"))
+
+
 def test_version() -> None:
     assert penstock("--version").stdout.strip() == __version__
 
@@ -165,3 +171,22 @@ def test_a_process_of_the_server_that_refuses_ends_it_in_one_line(tmp_path: Path
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["starting"]
     assert done.stderr.count("\n") == 1
     assert "tokenizer.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "needs --attach URL, or --prefill URL and --decode URL"),
+        (("--attach", "http://h:1", "--decode", "http://h:2"), "and not both"),
+        (("--prefill", "http://h:1"), "go together"),
+        (("--attach", "h:1"), "is no server: write http://HOST:PORT"),
+        (("--attach", "http://h:1,rank"), "write NAME=VALUE"),
+        (("--attach", "http://h:1,evnts=tcp://h:2"), "did you mean 'events'"),
+        (("--attach", "http://h:1", "http://h:1/v1"), "named twice"),
+        (("--attach", "http://h:1", "--policy", "pears"), "did you mean 'pairs'"),
+    ],
+)
+def test_a_router_that_cannot_start(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], reason: str
+) -> None:
+    assert reason in refusal(capsys, "router", "--port", "0", *arguments)

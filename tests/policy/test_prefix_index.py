@@ -80,6 +80,7 @@ class Machine(RuleBasedStateMachine):
         if who := self.who(number):
             self.index.removed(who, hashes[kept:], tier)
             self.model.told[who][tier].difference_update(hashes[kept:])
+            self.model.believed[who] = [block for block in self.model.believed[who] if block not in hashes[kept:]]
 
     @rule(number=st.integers(0, 7))
     def cleared(self, number: int) -> None:

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from penstock.cluster import ModelCard, Standing
+from penstock.metrics import IndexMetrics
 from penstock.policy.routing.api import Choice
 from penstock.request import Finish, Request, Timeline, Token
 from penstock.serve.decisions import Decided, Decision, Journal
@@ -121,6 +122,9 @@ class FakeBackend:
 
     def standings(self) -> Mapping[str, Standing]:
         return self.workers
+
+    def index_metrics(self) -> IndexMetrics:
+        return IndexMetrics()
 
     def stalled(self) -> Collection[str]:
         return self.still

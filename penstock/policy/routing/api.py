@@ -127,7 +127,8 @@ class Fleet:
         prefillers = prefillers[self._helps(prefillers, decoders)]
         is_split = prefillers.size > 0 and not np.array_equal(prefillers, decoders)
         chosen = replace(self, decoders=decoders, prefillers=prefillers, is_split=is_split, usable=usable)
-        return replace(chosen, _meeting=Meeting(chosen))
+        only_prefill = self.prefers_prefill & ~self.prefers_decode
+        return replace(chosen, _meeting=Meeting(self.ways, self.memory, only_prefill, prefillers, decoders))
 
     @property
     def meeting(self) -> Meeting:

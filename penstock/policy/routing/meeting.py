@@ -11,15 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from penstock.policy.routing.ways import Floats, Indices, Ways
-
-if TYPE_CHECKING:
-    from penstock.policy.routing.api import Ask, Fleet
 
 HANDOVER_S = 0.002  # two messages and a step's delay on one host, see bench/handoff.py
 _LOOKS = 6  # domains that are looked into one by one, before all that are left are taken together
@@ -38,12 +34,14 @@ class Moves:
     counts_others: bool = True  # what it costs others that share a link
 
     @classmethod
-    def of(cls, ask: Ask, fleet: Fleet, compute_s: Floats, counts_others: bool = True) -> Moves:
-        uncached = ask.uncached_tokens
+    def of(
+        cls, uncached: Floats, token_bytes: int, chunk_tokens: Floats, compute_s: Floats, counts_others: bool = True
+    ) -> Moves:
+        """`uncached` tokens, of which each worker computes `chunk_tokens` in a step and all in `compute_s`."""
         return cls(
-            uncached * ask.token_bytes,
-            np.minimum(uncached, fleet.chunk_tokens) * ask.token_bytes,
-            compute_s * (1 - np.minimum(1.0, fleet.chunk_tokens / uncached)),
+            uncached * token_bytes,
+            np.minimum(uncached, chunk_tokens) * token_bytes,
+            compute_s * (1 - np.minimum(1.0, chunk_tokens / uncached)),
             counts_others,
         )
 
@@ -89,24 +87,27 @@ class _Domains:
 class Meeting:
     """Which workers to choose from meet where. Made once for each set of them."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        order = np.lexsort(fleet.ways.domains[:, fleet.prefillers])  # the last row, of the largest domains, counts most
-        self._prefillers = fleet.prefillers[order]
+    kinds: Sequence[Indices]
+    """Workers that only prefill, and all others."""
 
-    @cached_property
-    def kinds(self) -> Sequence[Indices]:
-        """Workers that only prefill, and all others."""
-        only = self._fleet.prefers_prefill & ~self._fleet.prefers_decode
-        return np.flatnonzero(only), np.flatnonzero(~only)
+    def __init__(
+        self, ways: Ways, memory: Indices, only_prefill: npt.NDArray[np.bool_], prefillers: Indices, decoders: Indices
+    ) -> None:
+        """`memory` is of all workers, and equal where they compute in each other's; the last two are positions."""
+        self.kinds = np.flatnonzero(only_prefill), np.flatnonzero(~only_prefill)
+        order = np.lexsort(ways.domains[:, prefillers])  # the last row, of the largest domains, counts most
+        self._prefillers = prefillers[order]
+        self._decoders = decoders
+        self._memory = memory
+        self._ways = ways
 
     @cached_property
     def memories(self) -> Sequence[tuple[Indices, Indices]]:
         """Prefillers and decoders of each memory in which they could compute for each other."""
-        fleet, found = self._fleet, []
-        for memory in np.unique(fleet.memory[fleet.prefillers]):
-            prefillers = fleet.prefillers[fleet.memory[fleet.prefillers] == memory]
-            decoders = fleet.decoders[fleet.memory[fleet.decoders] == memory]
+        found = []
+        for memory in np.unique(self._memory[self._prefillers]):
+            prefillers = self._prefillers[self._memory[self._prefillers] == memory]
+            decoders = self._decoders[self._memory[self._decoders] == memory]
             if memory >= 0 and np.union1d(prefillers, decoders).size > 1 and decoders.size:
                 found.append((prefillers, decoders))
         return found
@@ -114,7 +115,7 @@ class Meeting:
     @cached_property
     def _domains(self) -> _Domains:
         """There is a prefiller."""
-        domains, decoders = self._fleet.ways.domains, self._fleet.decoders
+        domains, decoders = self._ways.domains, self._decoders
         starts, of = list[int](), []
         for level, ours in enumerate(domains[:, self._prefillers]):
             firsts = np.flatnonzero(np.r_[True, ours[1:] != ours[:-1]]).tolist()
@@ -127,30 +128,30 @@ class Meeting:
         )
 
     def cheapest(
-        self, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves, below_s: float
+        self, prefill_s: Floats, decode_s: Floats, moves: Moves, below_s: float
     ) -> tuple[int, int, float] | None:
         """The cheapest pair of two that is cheaper than `below_s`, with its price."""
-        decoders = self._fleet.decoders
+        decoders = self._decoders
         if not self._prefillers.size:
             return None
-        bounds = self._bounds(ways, prefill_s, decode_s[decoders], moves)
+        bounds = self._bounds(prefill_s, decode_s[decoders], moves)
         best: tuple[int, int, float] | None = None
         flat = bounds.ravel()
         for looked in range(flat.size):
             if looked == _LOOKS:
-                return self._of_all(np.flatnonzero(flat < below_s), ways, prefill_s, decode_s, moves, below_s) or best
+                return self._of_all(np.flatnonzero(flat < below_s), prefill_s, decode_s, moves, below_s) or best
             at = int(flat.argmin())
             if not flat[at] < below_s:
                 break
             flat[at] = np.inf
-            if (found := self._look(at, ways, prefill_s, decode_s, moves)) is not None and found[2] < below_s:
+            if (found := self._look(at, prefill_s, decode_s, moves)) is not None and found[2] < below_s:
                 best, below_s = found, found[2]
         return best
 
-    def _bounds(self, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves) -> Floats:
+    def _bounds(self, prefill_s: Floats, decode_s: Floats, moves: Moves) -> Floats:
         """[levels, decoders]: less than any P of that domain can cost; infinite where there is none."""
-        ours, decoders, domains = self._prefillers, self._fleet.decoders, self._domains
-        now_s, others_s = moves.prices(ways)
+        ours, decoders, domains = self._prefillers, self._decoders, self._domains
+        now_s, others_s = moves.prices(self._ways)
         lacking = moves.lacking_bytes[decoders]
         last = np.minimum(lacking, moves.step_bytes[ours].min())
         exposed_s = prefill_s - moves.hidden_s
@@ -168,34 +169,32 @@ class Meeting:
         bounds[domains.is_empty] = np.inf
         return bounds
 
-    def _look(
-        self, at: int, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves
-    ) -> tuple[int, int, float] | None:
+    def _look(self, at: int, prefill_s: Floats, decode_s: Floats, moves: Moves) -> tuple[int, int, float] | None:
         """The cheapest pair of one decoder at one level."""
-        level, column = divmod(at, self._fleet.decoders.size)
-        decode, domains = int(self._fleet.decoders[column]), self._domains
+        level, column = divmod(at, self._decoders.size)
+        decode, domains = int(self._decoders[column]), self._domains
         domain = domains.of[level, column]
         able = domains.prefillers[domains.starts[domain] : domains.ends[domain]]
-        costs = prefill_s[able] + moves.at(ways, level, able, decode) + decode_s[decode]
+        costs = prefill_s[able] + moves.at(self._ways, level, able, decode) + decode_s[decode]
         costs[self._need_no_link(able, decode)] = np.inf
         row = int(costs.argmin())
         return (int(able[row]), decode, float(costs[row])) if np.isfinite(costs[row]) else None
 
     def _need_no_link(self, prefillers: Indices, decoders: int | Indices) -> npt.NDArray[np.bool_]:
         """A worker and itself, and those that compute in one memory."""
-        ours, theirs = self._fleet.memory[prefillers], self._fleet.memory[decoders]
+        ours, theirs = self._memory[prefillers], self._memory[decoders]
         needless: npt.NDArray[np.bool_] = (prefillers == decoders) | ((ours == theirs) & (theirs >= 0))
         return needless
 
     def _of_all(
-        self, left: Indices, ways: Ways, prefill_s: Floats, decode_s: Floats, moves: Moves, below_s: float
+        self, left: Indices, prefill_s: Floats, decode_s: Floats, moves: Moves, below_s: float
     ) -> tuple[int, int, float] | None:
         """The cheapest of all the decoders and levels that are left, in one matrix for each level."""
         best: tuple[int, int, float] | None = None
-        levels, columns = np.divmod(left, self._fleet.decoders.size)
+        levels, columns = np.divmod(left, self._decoders.size)
         for level in np.unique(levels):
             here = columns[levels == level]
-            decoders = self._fleet.decoders[here]
+            decoders = self._decoders[here]
             rows = np.flatnonzero(prefill_s[self._prefillers] + decode_s[decoders].min() < below_s)
             if not rows.size:
                 continue
@@ -204,7 +203,7 @@ class Meeting:
                 self._domains.of[level, here],
                 rows[:, None] + level * self._prefillers.size,
             )
-            costs = prefill_s[able][:, None] + moves.at(ways, int(level), able[:, None], decoders[None, :])
+            costs = prefill_s[able][:, None] + moves.at(self._ways, int(level), able[:, None], decoders[None, :])
             costs += decode_s[decoders]
             outside = (places < self._domains.starts[domain]) | (places >= self._domains.ends[domain])
             costs[outside | self._need_no_link(able[:, None], decoders)] = np.inf

@@ -101,7 +101,9 @@ class Costs:
         compute_s = fleet.prompt_s(ask.uncached_tokens, ask.cached_tokens) + ask.restore_s
         prefill_s = fleet.wait_s + tie_s + compute_s * (1 + pressure * (fleet.wait_s + compute_s / 2) + delayed)
         decoding_s = (_decoding_s(ask, fleet) if left_out != "decoding" else 0.0) + decode_tie_s
-        moves = Moves.of(ask, fleet, compute_s, counts_others=left_out != "links")
+        moves = Moves.of(
+            ask.uncached_tokens, ask.token_bytes, fleet.chunk_tokens, compute_s, counts_others=left_out != "links"
+        )
         return cls(ask, tie_s, pressure, delayed, prefill_s, decoding_s, prefill_s + decoding_s, moves)
 
     def elsewhere_s(self, fleet: Fleet, prefill: int | Indices, cached: Floats) -> Floats:
@@ -150,7 +152,7 @@ def _over_links(fleet: Fleet, costs: Costs, below_s: float) -> Iterable[tuple[in
     """The cheapest pair that moves KV. Where all do both it gains nothing, but copies: see bench/routing_quality.py."""
     if not fleet.is_split:
         return ()
-    found = fleet.meeting.cheapest(fleet.ways, costs.prefill_s, costs.decode_s, costs.moves, below_s)
+    found = fleet.meeting.cheapest(costs.prefill_s, costs.decode_s, costs.moves, below_s)
     return () if found is None else (found,)
 
 
@@ -206,10 +208,12 @@ def _describe(fleet: Fleet, costs: Costs, prefill: int, decode: int) -> Choice:
 def _prices_for(fleet: Fleet, costs: Costs, prefillers: Indices, decode: int) -> Floats:
     """Of `prefillers`, all of which reach `decode`."""
     cached = costs.ask.cached_tokens[decode]
-    here = costs.elsewhere_s(fleet, prefillers, cached) + HANDOVER_S
-    moved: Floats = costs.prefill_s[prefillers] + costs.moves.seconds(fleet.ways, prefillers, decode)
+    prices: Floats = costs.elsewhere_s(fleet, prefillers, cached) + HANDOVER_S
     shares = (fleet.memory[prefillers] == fleet.memory[decode]) & (fleet.memory[decode] >= 0)
-    prices: Floats = np.where(shares, here, moved) + costs.decode_s[decode]
+    if not shares.all():
+        moved = costs.prefill_s[prefillers] + costs.moves.seconds(fleet.ways, prefillers, decode)
+        prices = np.where(shares, prices, moved)
+    prices += costs.decode_s[decode]
     return prices
 
 

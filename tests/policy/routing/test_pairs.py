@@ -208,7 +208,10 @@ def test_bounds_leave_out_no_pair_that_is_cheaper(seed: int) -> None:
     for _ in range(int(rng.integers(0, 40))):
         fleet.ways.carry(*rng.integers(0, count, 2).tolist(), float(rng.exponential(5e7)))
     prefill_s, decode_s = (rng.exponential(rng.choice([1e-3, 1.0]), count) for _ in range(2))
-    moves = Moves.of(ask, fleet, fleet.prompt_s(ask.uncached_tokens, ask.cached_tokens))
+    moves = Moves.of(
+        *(ask.uncached_tokens, ask.token_bytes, fleet.chunk_tokens),
+        fleet.prompt_s(ask.uncached_tokens, ask.cached_tokens),
+    )
     every = {
         (int(prefill), int(decode)): float(prefill_s[prefill] + decode_s[decode] + seconds)
         for decode in fleet.decoders
@@ -217,12 +220,12 @@ def test_bounds_leave_out_no_pair_that_is_cheaper(seed: int) -> None:
         )
         if prefill != decode
     }
-    found = fleet.meeting.cheapest(fleet.ways, prefill_s, decode_s, moves, math.inf)
+    found = fleet.meeting.cheapest(prefill_s, decode_s, moves, math.inf)
     assert found is not None
     prefill, decode, cost = found
     assert cost == pytest.approx(min(every.values()), rel=1e-12)
     assert every[prefill, decode] == pytest.approx(cost, rel=1e-12)
-    assert fleet.meeting.cheapest(fleet.ways, prefill_s, decode_s, moves, cost) is None
+    assert fleet.meeting.cheapest(prefill_s, decode_s, moves, cost) is None
 
 
 def test_ties_are_spread() -> None:

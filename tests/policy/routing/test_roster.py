@@ -10,6 +10,7 @@ import pytest
 
 from penstock.cluster import StepPrices
 from penstock.errors import NoWorker
+from penstock.policy.routing import pairs
 from penstock.policy.routing.api import Choice, Fleet, Indices
 from penstock.policy.routing.p_token import route
 from penstock.policy.routing.roster import PRIOR_STEP_S, Roster
@@ -188,3 +189,38 @@ def test_booked_load_spreads_requests_that_come_before_the_next_report() -> None
         ask, hashes = roster.ask(asked)
         roster.book(asked.id, ask, hashes, route(0.0, ask, roster.fleet(0.0), rng), 0.0)
     assert roster.fleet(0.0).streams.tolist() == [10] * 8
+
+
+def burst(roster: Roster, prompts: int, now: float, seed: int = 1) -> list[str]:
+    """Who prefills for prompts that come at once, all different, by the default policy."""
+    rng, chosen = Random(seed), []
+    for number in range(prompts):
+        asked = request(f"{now} {number}", pack(rng.randrange(1 << 16) for _ in range(640)))
+        ask, found = roster.ask(asked)
+        choice = pairs.route(now, ask, roster.fleet(now), rng)
+        roster.book(asked.id, ask, found, choice, now)
+        chosen.append((*choice.prefill, choice.decode)[0])
+    return chosen
+
+
+def test_a_newcomer_gets_its_share_and_is_not_stampeded() -> None:
+    old = [Worker(f"w{number}", tokens_per_s=1_000.0, queued=2_000) for number in range(4)]
+    roster = roster_of([*old, Worker("new")])
+    burst(roster, 40, now=0.0)
+    waits = roster.fleet(0.0).wait_s
+    assert waits.max() - waits.min() <= 2 * 0.64  # of prompts that take 0.64 s
+
+
+def test_reports_that_are_old_do_not_herd_a_burst_onto_one_worker() -> None:
+    roster = roster_of([Worker(f"w{number}", tokens_per_s=1_000.0, queued=1_000 * number) for number in range(5)])
+    for second in (0.0, 2.5, 5.0):  # and not a report in between
+        burst(roster, 15, now=second)
+        waits = roster.fleet(second).wait_s
+        assert waits.max() - waits.min() <= max(2 * 0.64, 4.0 - second)
+
+
+def test_two_routers_that_know_the_same_do_not_choose_the_same() -> None:
+    workers = [Worker(f"w{number}", tokens_per_s=1_000.0) for number in range(8)]
+    first, second = (burst(roster_of(workers), 8, now=0.0, seed=seed) for seed in (1, 2))
+    assert sorted(first) == sorted(second) == sorted(worker.name for worker in workers)
+    assert first != second
