@@ -298,7 +298,7 @@ class PrefixIndex:
         if self._dead and self._sweeping is None:
             self._sweeping = self._sweep(self._dead, self._graves)
             self._dead, self._graves = 0, []
-        if self._sweeping is not None and next(islice(self._sweeping, _SWEEP - 1, None), self) is self:
+        if self._sweeping is not None and sum(1 for _ in islice(self._sweeping, _SWEEP)) < _SWEEP:
             self._sweeping = None
         if len(self._sets) > _INTERNED:
             self._sets.clear()
