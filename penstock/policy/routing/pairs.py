@@ -19,6 +19,7 @@ Prices of steps and rates come from the workers' own reports.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
@@ -46,7 +47,7 @@ TIE_S = 0.001  # what is so close is the same: drawn, so that routers do not all
 _noise = np.random.default_rng(0).random(1 << 16) * TIE_S
 
 
-Term = Literal["later prompts", "delayed streams", "decoding", "links", "handing over"]
+Term = Literal["later prompts", "delayed streams", "decoding", "links", "handing over", "prefilling at home"]
 TERMS: tuple[Term, ...] = get_args(Term)
 
 
@@ -56,7 +57,7 @@ def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
 
 
 def without(term: Term) -> Route:
-    """The same with one term left out of the price, to see what it is worth."""
+    """The same with one term left out of the price, or some of the pairs, to see what they are worth."""
 
     def route(now: float, ask: Ask, fleet: Fleet, rng: Random) -> Choice:
         return _cheapest(ask, fleet, rng, term)
@@ -67,7 +68,9 @@ def without(term: Term) -> Route:
 def _cheapest(ask: Ask, fleet: Fleet, rng: Random, left_out: Term | None = None) -> Choice:
     costs = Costs.of(ask, fleet, rng, left_out)
     itself = int(fleet.decoders[np.argmin(costs.alone_s[fleet.decoders])])
-    best_s, pair = costs.alone_s[itself], (itself, itself)
+    best_s, pair = float(costs.alone_s[itself]), (itself, itself)
+    if left_out == "prefilling at home" and fleet.is_split:
+        best_s = math.inf
     others = () if left_out == "handing over" else (*_in_place(fleet, costs), *_over_links(fleet, costs, best_s))
     for prefill, decode, cost in others:
         if cost < best_s:
