@@ -17,7 +17,10 @@ from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 from penstock.tokens import Tokens
 
-FEATURES = ("logprobs", "sampling")  # what an engine may lack; requests that need it are refused with a 400
+# What an engine may lack; requests that need it are refused with a 400. "sampling" draws from the model's distribution
+# or a part of it, "penalties" changes the distribution: penalties, biases and bad words. Every engine has seeds,
+# min_tokens, stop_token_ids and ignore_eos.
+FEATURES = ("logprobs", "sampling", "penalties", "prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,8 @@ class Slice:
     `blocks` is its block table, long enough for `start + len(tokens)` tokens. Positions before `start` have been
     computed; the engine writes KV of the rest into the table's blocks, and no other byte of the region.
     With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position. What that may
-    depend on besides the logits is in `past`.
+    depend on besides the logits is in `past`. With `scores` it also tells how likely each prompt token was that follows
+    one of `tokens`, beside so many of the likeliest in its place, see `ScoringEngine`.
     """
 
     tokens: Sequence[int]
@@ -72,6 +76,7 @@ class Slice:
     blocks: Sequence[BlockId]
     sampling: Sampling | None = None
     past: Past = NO_PAST
+    scores: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,5 +136,25 @@ class MultiStepEngine(Engine, Protocol):
         """Lets the `decode` that was called last, even if it has not begun, end with the step it is at.
 
         Called only between that call and its return.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a step told of one slice: the token sampled, if one was, and the prompt's tokens with log probabilities."""
+
+    sampled: Token | None
+    prompt: Sequence[Token] = ()
+
+
+@runtime_checkable
+class ScoringEngine(Engine, Protocol):
+    """An engine that can tell log probabilities of the prompt: it supports "prompt_logprobs"."""
+
+    async def score(self, step: Step) -> list[Scored]:
+        """As `step`, and of each slice with `scores` the prompt's tokens at positions `start + 1` to its end + 1.
+
+        Of a prompt that is computed in several slices, one after the other, each token but the first is told once.
         """
         ...
