@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from msgspec import structs  # noqa: E402
 from penstock.engine.simulated import Options as SimulatedOptions  # noqa: E402
 from penstock.engine.simulated import SimulatedEngine  # noqa: E402
 from penstock.errors import BadRequest, Unsupported, WorkerDraining  # noqa: E402
+from penstock.policy.batching import Limits  # noqa: E402
 from penstock.request import Finish, Request, Sampling, Token  # noqa: E402
 from penstock.serve import decode  # noqa: E402
 from penstock.tokens import pack  # noqa: E402
@@ -32,6 +33,7 @@ from tests.support import run  # noqa: E402
 TOKENS = PENALIZED.max_tokens
 TOP = 2
 SCORED = structs.replace(PENALIZED, prompt_logprobs=TOP)
+HARSH = structs.replace(PENALIZED, frequency_penalty=2.0, presence_penalty=2.0)  # but for prompts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,16 +125,18 @@ def test_preempted_sequences_are_penalized_as_before(model: Path) -> None:
 
 @pytest.mark.parametrize("after", [1, 7, 15])
 def test_a_stream_that_moves_is_penalized_as_before(model: Path, after: int) -> None:
-    """It is prefilled at one worker, decodes at another, and goes on where it was prefilled."""
+    """It is prefilled at one worker and decodes at the other, and then the other way round."""
     (prompt,) = prompts(50)
 
     async def story() -> Answer:
-        async with cluster(engines(model), by_turns(REMOTE, through("p", "p")), SMALL_STEPS, 80) as site:
-            return await ask(site, prompt, PENALIZED, after)
+        async with cluster(engines(model), by_turns(REMOTE, through("d", "p")), SMALL_STEPS, 80) as site:
+            answer = await ask(site, prompt, HARSH, after)
+            assert site.workers["p"].load().handoffs == 1
+            return answer
 
     answer = run(story(), 60)
     assert answer.finish.timeline.moves == 1
-    assert [ids(answer.tokens)] == alone(model, [prompt], PENALIZED)
+    assert [ids(answer.tokens)] == alone(model, [prompt], HARSH)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -178,8 +182,10 @@ def test_a_scored_stream_that_moves_has_its_scores_once(model: Path, after: int)
     (prompt,) = prompts(70)
 
     async def story() -> Answer:
-        async with cluster(engines(model), by_turns(LOCAL, through("p", "p")), SMALL_STEPS, 80) as site:
-            return await ask(site, prompt, SCORED, after)
+        async with cluster(engines(model), by_turns(LOCAL, through("d", "p")), SMALL_STEPS, 80) as site:
+            answer = await ask(site, prompt, SCORED, after)
+            assert site.workers["p"].load().handoffs == (after > 0)
+            return answer
 
     answer = run(story(), 60)
     assert answer.finish.timeline.decode_worker == "p"
@@ -188,22 +194,25 @@ def test_a_scored_stream_that_moves_has_its_scores_once(model: Path, after: int)
     assert [ids(answer.tokens)] == alone(model, [prompt], PENALIZED)
 
 
-def test_scored_prompts_that_are_preempted_have_their_scores_once(model: Path) -> None:
-    """The pool holds two of them: others lose their blocks in mid-prefill or later."""
-    wanted = prompts(90, 85, 80, 95)
-    sampling = structs.replace(SCORED, max_tokens=40, min_tokens=40)
+def test_a_prompt_that_is_preempted_in_mid_prefill_has_its_scores_once(model: Path) -> None:
+    """Eight others take its blocks as they grow. It asks for one token, so it was preempted before that."""
+    prompt, *others = prompts(300, *[5] * 8)
+    growing = structs.replace(PENALIZED, max_tokens=60, min_tokens=60)
 
-    async def story() -> list[Answer]:
-        async with site_of(model, "aggregated", kv_blocks=14) as site:
-            names = [f"r{number}" for number in range(len(wanted))]
-            pairs = zip(wanted, names, strict=True)
-            answers = await asyncio.gather(*(ask(site, prompt, sampling, name=name) for prompt, name in pairs))
-            assert site.workers["d"].load().preemptions > 0
-            return answers
+    async def story() -> Answer:
+        few = replace(SMALL_STEPS, limits=Limits(step_tokens=16))
+        async with cluster(engines(model), LOCAL, few, kv_blocks=38) as site:
+            neighbours = asyncio.gather(*(site.ask(other, growing) for other in others))
+            while site.workers["d"].load().running < len(others):
+                await asyncio.sleep(0)
+            answer = await ask(site, prompt, structs.replace(SCORED, max_tokens=1, min_tokens=0))
+            await neighbours
+            return answer
 
-    for prompt, answer in zip(wanted, run(story(), 60), strict=True):
-        assert answer.scores is not None
-        assert_scores(answer.scores, prompt, full_forward(model, prompt), TOP)
+    answer = run(story(), 60)
+    assert answer.finish.timeline.preemptions > 0
+    assert answer.scores is not None
+    assert_scores(answer.scores, prompt, full_forward(model, prompt), TOP)
 
 
 def test_without_the_wish_nothing_is_scored(model: Path) -> None:
