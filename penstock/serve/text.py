@@ -44,14 +44,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._codec.get_vocab_size(with_added_tokens=True)
 
-    def encode_text(self, text: str, at_most: int) -> list[int]:
+    def encode_text(self, text: str, at_most: int, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, special ones around it included (a `<s>` at the start, say).
 
         Raises PromptTooLong for some texts over `at_most` tokens, before they cost more than one that long:
         the caller still checks how many came back. Blocks the loop, about 1 us for each token.
         """
         self._refuse_long(text, at_most)
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens)
 
     def encode_chat(self, messages: Sequence[Message], at_most: int) -> list[int]:
         """Tokens of a conversation up to where the assistant speaks. Raises like `encode_text`, and BadRequest."""
@@ -65,15 +65,22 @@ class Tokenizer:
         self._refuse_long(text, at_most)
         return self._encode(text, add_special_tokens=False)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones written out."""
+        return self._codec.decode(list(tokens), skip_special_tokens=False)
+
     def spell(self, token: int) -> bytes:
         """The bytes of one token, special tokens included; empty for ids that the tokenizer does not know."""
         piece = self._codec.id_to_token(token)
         return b"" if piece is None else self._dialect.spell(piece)
 
-    def output(self, stops: Sequence[str] = (), is_continuation: bool = False) -> Output:
-        """Where one answer's tokens become text. A continuation keeps the space before its first word."""
+    def output(self, stops: StopFinder | None = None, is_continuation: bool = False, min_tokens: int = 0) -> Output:
+        """Where one answer's tokens become text. A continuation keeps the space before its first word.
+
+        Stop strings are looked for after `min_tokens` tokens.
+        """
         start = _keep if is_continuation else self._dialect.start
-        return Output(Detokenizer(self._texts, start), StopFinder(stops) if stops else None)
+        return Output(Detokenizer(self._texts, start), stops, min_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """A batch of one, because only batches can leave out offsets into the text: a third of the time."""
@@ -251,25 +258,27 @@ class Detokenizer:
 class StopFinder:
     """Finds the first stop string in a growing text, and holds back what may become one."""
 
-    __slots__ = ("_firsts", "_held", "_longest", "_stops", "found")
+    __slots__ = ("_firsts", "_held", "_includes", "_longest", "_stops", "found")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], includes: bool = False) -> None:
+        """With `includes` the string that is found is part of the text."""
         self._stops = stops
         self._longest = max(len(stop) for stop in stops)
         self._firsts = {stop[0] for stop in stops}
         self._held = ""
-        self.found = False
+        self._includes = includes
+        self.found = ""
 
     def push(self, text: str) -> str:
         """The text that is certainly outside of any stop string; once one is found, the text before it, then none."""
         if self.found:
             return ""
         text = self._held + text
-        hits = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            self.found = True
+            at, self.found = min(hits, key=lambda hit: hit[0])
             self._held = ""
-            return text[: min(hits)]
+            return text[: at + len(self.found) * self._includes]
         cut = self._first_suspect(text)
         self._held = text[cut:]
         return text[:cut]
@@ -288,22 +297,26 @@ class StopFinder:
 
 
 class Output:
-    """The text of one answer. Once `is_stopped`, a stop string was found and later tokens do not count."""
+    """The text of one answer. Once `stopped_by` a stop string, later tokens do not count."""
 
-    __slots__ = ("_detokenizer", "_stops", "is_stopped")
+    __slots__ = ("_detokenizer", "_min_tokens", "_stops", "stopped_by")
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopFinder | None) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopFinder | None, min_tokens: int) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
-        self.is_stopped = False
+        self._min_tokens = min_tokens
+        self.stopped_by = ""
 
     def push(self, token: int) -> str:
         """What this token lets us show; often its own text, sometimes nothing yet, or more."""
         text = self._detokenizer.push(token)
         if self._stops is None:
             return text
+        if self._min_tokens > 0:
+            self._min_tokens -= 1
+            return text
         text = self._stops.push(text)
-        self.is_stopped = self._stops.found
+        self.stopped_by = self._stops.found
         return text
 
     def finish(self) -> str:
@@ -311,7 +324,7 @@ class Output:
         if self._stops is None:
             return self._detokenizer.finish()
         text = self._stops.push(self._detokenizer.finish())
-        self.is_stopped = self._stops.found
+        self.stopped_by = self._stops.found
         return text + self._stops.finish()
 
 

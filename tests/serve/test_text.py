@@ -127,7 +127,7 @@ def test_text_ends_before_the_first_stop_string(parts: list[str], stops: list[st
         shown += finder.push(part)
         read += part
         starts = [read.find(stop) for stop in stops if stop in read]
-        assert finder.found == bool(starts)
+        assert bool(finder.found) == bool(starts)
         if finder.found:
             assert shown == read[: min(starts)]
             return
@@ -138,18 +138,18 @@ def test_text_ends_before_the_first_stop_string(parts: list[str], stops: list[st
 
 def test_output_stops() -> None:
     tokenizer = Tokenizer(byte_level(), None, "m")
-    output = tokenizer.output(stops=["turbine"])
+    output = tokenizer.output(StopFinder(["turbine"]))
     shown = "".join(output.push(token) for token in tokenizer.encode_text("the turb, the turbine; this", 99))
     assert shown == "the turb, the "
-    assert output.is_stopped
+    assert output.stopped_by == "turbine"
     assert output.finish() == ""
 
 
 def test_held_back_text_comes_at_the_end() -> None:
     tokenizer = Tokenizer(byte_level(), None, "m")
-    output = tokenizer.output(stops=["turbine"])
+    output = tokenizer.output(StopFinder(["turbine"]))
     shown = "".join(output.push(token) for token in tokenizer.encode_text("the turb", 99))
-    assert (shown, output.finish(), output.is_stopped) == ("the ", "turb", False)
+    assert (shown, output.finish(), output.stopped_by) == ("the ", "turb", "")
 
 
 # Sizes
