@@ -48,6 +48,7 @@ from penstock.errors import (
 from penstock.request import Constraints, Finish, Request, Timeline, Token
 from penstock.serve import openai
 from penstock.serve.answer import Answer, Record
+from penstock.serve.chat_template import Chat
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
 from penstock.serve.keys import Keys
@@ -235,7 +236,7 @@ class Frontend:
         with self._admitted():
             async with asyncio.timeout(self._options.timeout_s):
                 body = await exchange.read_body(self._options.body_bytes)
-            answer = self._understand(exchange, dialect, body, arrived_s)
+                answer = await self._understand(exchange, dialect, body, arrived_s)
             try:
                 async with asyncio.TaskGroup() as group:
                     watcher = group.create_task(exchange.watch_client(self._options.slow_client_s))
@@ -261,7 +262,7 @@ class Frontend:
             if not self.metrics.inflight:
                 self._is_idle.set()
 
-    def _understand(self, exchange: Exchange, dialect: Dialect, body: bytes, arrived_s: float) -> Answer:
+    async def _understand(self, exchange: Exchange, dialect: Dialect, body: bytes, arrived_s: float) -> Answer:
         """Everything that can be refused without asking a worker is refused here."""
         kind = exchange.headers.get(b"content-type", b"application/json")
         if kind.partition(b";")[0].strip().lower() != b"application/json":
@@ -274,7 +275,7 @@ class Frontend:
                 raise Unsupported(f"the engine that serves {ask.model!r} has no {feature}; leave {name} out", name)
         tenant, adapter = self._keys.find_tenant(exchange.headers), card.name if card.base else ""
         wishes = constraints_of(exchange.headers, ask, tenant, adapter)
-        prompt = _encode_prompt(ask, tokenizer, card.max_context_tokens)
+        prompt = await _encode_prompt(ask, tokenizer, card.max_context_tokens)
         budget = openai.output_budget(len(prompt), ask.max_tokens, dialect.default_tokens, card.max_context_tokens)
         seed = self._rng.getrandbits(63) if ask.seed is None else ask.seed
         request = Request(
@@ -483,17 +484,18 @@ def _head(record: Record) -> dict[str, object]:
     }
 
 
-def _encode_prompt(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[int]:
+async def _encode_prompt(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> Sequence[int]:
     """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
     if ask.messages is not None:
-        name, prompt = "messages", tokenizer.encode_chat(ask.messages, context_tokens)
+        prompt: Sequence[int] = await tokenizer.encode_chat(Chat(ask.messages), context_tokens)
     elif ask.text is not None:
-        name, prompt = "prompt", tokenizer.encode_text(ask.text, context_tokens)
+        prompt = await tokenizer.encode_text(ask.text, context_tokens)
     else:
-        name, prompt = "prompt", ask.tokens or []
+        prompt = ask.tokens or ()
         _check_tokens(prompt, "prompt", tokenizer)
     _check_tokens(ask.stop_token_ids, "stop_token_ids", tokenizer)
     if not prompt:
+        name = "prompt" if ask.messages is None else "messages"
         raise BadRequest(f"{name}: it makes no tokens", name)
     return prompt
 

@@ -18,7 +18,7 @@ from msgspec import Meta
 from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, PenstockError, PromptTooLong, Unsupported
 from penstock.request import FinishReason, Sampling, Timeline, Token
-from penstock.serve.text import Message
+from penstock.serve.chat_template import Message
 
 T = TypeVar("T")
 
