@@ -52,10 +52,14 @@ def grace_s() -> float:
     return ORPHAN_GRACE_S if is_orphan() else GRACE_S
 
 
-def thread(name: str) -> Callable[[Callable[[], T]], Awaitable[T]]:
+class OneThread:
     """Runs what would hold up the event loop, one after the other. The thread ends with the process."""
-    pool = ThreadPoolExecutor(1, name)
-    return lambda work: asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+
+    def __call__(self, work: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 def refuse(error: BaseException) -> NoReturn:

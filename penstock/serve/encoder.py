@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import import_module
 from random import Random
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from penstock.errors import PromptTooLong
 from penstock.serve.pieces import Cutter
@@ -22,6 +22,8 @@ from penstock.tokens import TOKEN_BYTES, Tokens, unpack
 
 if TYPE_CHECKING:
     import tokenizers
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ Encode: TypeAlias = Callable[[Sequence[str]], list[Tokens]]  # no special tokens
 class Offload(Protocol):
     """Runs a function elsewhere than on the event loop."""
 
-    def __call__(self, work: Callable[[], list[Tokens]], /) -> Awaitable[list[Tokens]]: ...
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
 
 
 class Encoder:
@@ -145,7 +147,7 @@ def _refuse_long(encode: Encode, text: str, at_most: int) -> None:
 
 
 def _too_long(at_most: int) -> PromptTooLong:
-    return PromptTooLong(f"the prompt has more than {at_most} tokens, the most that this model takes here")
+    return PromptTooLong(f"the prompt has more than {at_most} tokens, the most that it may have here")
 
 
 # Codecs.

@@ -5,7 +5,7 @@
 A request is one coroutine. It holds the backend's stream in an `async with`, so however it ends (the last token, a
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
-    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
+    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions  /tokenize  /detokenize
     GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
@@ -46,7 +46,7 @@ from penstock.errors import (
     WorkerDraining,
 )
 from penstock.request import Constraints, Finish, Request, Timeline, Token
-from penstock.serve import openai
+from penstock.serve import openai, tokenize
 from penstock.serve.answer import Answer, Record
 from penstock.serve.chat_template import Chat
 from penstock.serve.decisions import Decided, compare
@@ -152,6 +152,8 @@ class Frontend:
             "/v1/models": ("GET", self._list_models),
             "/v1/completions": ("POST", lambda exchange: self._generate(exchange, openai.COMPLETIONS)),
             "/v1/chat/completions": ("POST", lambda exchange: self._generate(exchange, openai.CHAT)),
+            "/tokenize": ("POST", lambda exchange: self._tell(exchange, tokenize.tokenize)),
+            "/detokenize": ("POST", lambda exchange: self._tell(exchange, tokenize.detokenize)),
             "/health": ("GET", self._show_health),
             "/live": ("GET", self._show_live),
             "/ready": ("GET", self._show_ready),
@@ -245,6 +247,14 @@ class Frontend:
             except* Cancelled as left:
                 answer.cancel(left.exceptions[0])
                 exchange.abort()
+
+    async def _tell(self, exchange: Exchange, tell: tokenize.Tell) -> None:
+        """What needs no worker's time."""
+        with self._admitted():
+            async with asyncio.timeout(self._options.timeout_s):
+                body = await exchange.read_body(self._options.body_bytes)
+                answer = await tell(body, self._find_model, self._served())
+            await exchange.respond(200, answer)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -188,10 +188,9 @@ def parse_chat(body: bytes) -> Ask:
         raise BadRequest("give max_tokens or max_completion_tokens, not both", "max_tokens")
     if fields.top_logprobs is not None and not fields.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    messages = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(fields.messages)]
     return _ask(
         fields,
-        messages=messages,
+        messages=parse_messages(fields.messages),
         max_tokens=fields.max_tokens or fields.max_completion_tokens,
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
@@ -208,6 +207,16 @@ def parse_completion(body: bytes) -> Ask:
         max_tokens=fields.max_tokens,
         logprobs=fields.logprobs,
     )
+
+
+def read_body(body: bytes, shape: type[T]) -> T:
+    """Raises BadRequest for what is not of this shape."""
+    return _convert(_load(body), shape)
+
+
+def parse_messages(messages: Sequence[dict[str, object]]) -> list[Message]:
+    """Of a conversation. Raises BadRequest or Unsupported."""
+    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _load(body: bytes) -> dict[str, object]:

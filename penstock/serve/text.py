@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.errors import BadRequest, UnreadableModel
 from penstock.serve.chat_template import Chat, ChatTemplate, load_template
 from penstock.serve.detokenizer import Detokenizer, Output, Pieces, keep, spelling_of
-from penstock.serve.encoder import Encoder, Offload, fast_codec, plain_codec
+from penstock.serve.encoder import Encode, Encoder, Offload, fast_codec, plain_codec
 from penstock.serve.pieces import cutter_of
 from penstock.serve.stop_strings import StopFinder
 from penstock.tokens import Tokens
@@ -23,20 +23,30 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+INLINE_TOKENS = 1 << 12  # more are decoded in a thread; these take under a millisecond
+
+
 class Tokenizer:
     """The tokenizer and chat template of one model, shared by all requests."""
 
     def __init__(
-        self, codec: tokenizers.Tokenizer, template: ChatTemplate | None, model: str, encoder: Encoder | None = None
+        self,
+        codec: tokenizers.Tokenizer,
+        template: ChatTemplate | None,
+        model: str,
+        encode: Encode | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        """`model` is its name in errors; without an `encoder`, `codec` encodes on the loop.
+        """`model` is its name in errors; `encode` does what `codec` would; what is long goes through `offload`.
 
         Raises UnsupportedModel if its output cannot be streamed.
         """
         self._codec = codec
         self._template = template
         self._model = model
-        self._encoder = encoder or Encoder(plain_codec(codec), cutter_of(codec))
+        self._encode = encode or plain_codec(codec)
+        self._encoder = Encoder(self._encode, cutter_of(codec), offload)
+        self._offload = offload
         self._before, self._after = _tokens_around(codec)
         self._spelling = spelling_of(codec, model)
         special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
@@ -65,8 +75,19 @@ class Tokenizer:
             )
         return await self.encode_text(self._template.render(chat), at_most, add_special_tokens)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def encode_text_nowait(self, text: str, add_special_tokens: bool = True) -> Tokens:
+        """For short texts: encodes on the loop, and remembers nothing."""
+        (tokens,) = self._encode([text])
+        return self._before + tokens + self._after if add_special_tokens else tokens
+
+    async def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones written out."""
+        if self._offload is None or len(tokens) <= INLINE_TOKENS:
+            return self.decode_nowait(tokens)
+        return await self._offload(lambda: self.decode_nowait(tokens))
+
+    def decode_nowait(self, tokens: Sequence[int]) -> str:
+        """For few tokens."""
         return self._codec.decode(list(tokens), skip_special_tokens=False)
 
     def name(self, token: int) -> str:
@@ -104,8 +125,7 @@ def load_tokenizer(folder: Path, model: str, offload: Offload | None = None) -> 
         raise UnreadableModel(f"{path} is no tokenizer that this release can read: {error}") from error
     codec.no_truncation()
     codec.no_padding()
-    encoder = Encoder(fast_codec(codec) or plain_codec(codec), cutter_of(codec), offload)
-    return Tokenizer(codec, load_template(folder), model, encoder)
+    return Tokenizer(codec, load_template(folder), model, fast_codec(codec), offload)
 
 
 def _tokens_around(codec: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:
