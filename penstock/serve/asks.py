@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Sampling
-from penstock.serve.text import Message
+from penstock.serve.chat_template import Message
 
 T = TypeVar("T")
 
@@ -224,10 +224,9 @@ def parse_chat(body: bytes) -> Ask:
         raise BadRequest("max_tokens: a chat has at least one token of answer", "max_tokens")
     if fields.top_logprobs is not None and not fields.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    messages = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(fields.messages)]
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens
-    return msgspec.structs.replace(ask, messages=messages, max_tokens=max_tokens)
+    return msgspec.structs.replace(ask, messages=parse_messages(fields.messages), max_tokens=max_tokens)
 
 
 def parse_completion(body: bytes) -> Ask:
@@ -255,6 +254,16 @@ def parse_completion(body: bytes) -> Ask:
         adds_special=fields.add_special_tokens is not False,
         needs=(*ask.needs, *((("prompt_logprobs", "echo"),) if fields.echo and fields.logprobs is not None else ())),
     )
+
+
+def read_body(body: bytes, shape: type[T]) -> T:
+    """Raises BadRequest for what is not of this shape."""
+    return _convert(_load(body), shape)
+
+
+def parse_messages(messages: Sequence[dict[str, object]]) -> list[Message]:
+    """Of a conversation. Raises BadRequest or Unsupported."""
+    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _load(body: bytes) -> dict[str, object]:

@@ -5,7 +5,7 @@
 A request is one coroutine. It holds the backend's stream in an `async with`, so however it ends (the last token, a
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
-    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
+    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions  /tokenize  /detokenize
     GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
@@ -45,11 +45,11 @@ from penstock.errors import (
     WorkerDraining,
 )
 from penstock.request import Constraints, Finish, Request, Timeline, Token
-from penstock.serve import openai
+from penstock.serve import openai, tokenize
 from penstock.serve.answer import Answer, Choice, Manner, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
-from penstock.serve.intake import check_needs, encode_prompts, requests_of, sampling_of
+from penstock.serve.intake import check_needs, echoes_of, encode_prompts, requests_of, sampling_of
 from penstock.serve.keys import Keys
 from penstock.serve.openai import Dialect, Heading
 from penstock.serve.pulse import Pulse
@@ -154,6 +154,8 @@ class Frontend:
             "/v1/models": ("GET", self._list_models),
             "/v1/completions": ("POST", lambda exchange: self._generate(exchange, openai.COMPLETIONS)),
             "/v1/chat/completions": ("POST", lambda exchange: self._generate(exchange, openai.CHAT)),
+            "/tokenize": ("POST", lambda exchange: self._tell(exchange, tokenize.tokenize)),
+            "/detokenize": ("POST", lambda exchange: self._tell(exchange, tokenize.detokenize)),
             "/health": ("GET", self._show_health),
             "/live": ("GET", self._show_live),
             "/ready": ("GET", self._show_ready),
@@ -248,6 +250,14 @@ class Frontend:
                 answer.cancel(left.exceptions[0])
                 exchange.abort()
 
+    async def _tell(self, exchange: Exchange, tell: tokenize.Tell) -> None:
+        """What needs no worker's time."""
+        with self._admitted():
+            async with asyncio.timeout(self._options.timeout_s):
+                body = await exchange.read_body(self._options.body_bytes)
+                answer = await tell(body, self._find_model, self._served())
+            await exchange.respond(200, answer)
+
     @contextmanager
     def _admitted(self) -> Iterator[None]:
         """Counts the request while inside the block. Raises Overloaded or WorkerDraining."""
@@ -282,7 +292,7 @@ class Frontend:
             id=exchange.id,
             model=card.base or ask.model,
             prompt=b"",
-            sampling=sampling_of(ask, tokenizer, {}, self._rng),
+            sampling=await sampling_of(ask, tokenizer, {}, self._rng),
             timeout_s=timeout_of(exchange.headers, self._options.timeout_s),
             salt=_salt(wishes, ask.salt),
             constraints=wishes,
@@ -290,7 +300,7 @@ class Frontend:
         requests = requests_of(ask, prompts, card, dialect.default_tokens, like)
         heading = Heading(dialect.id_prefix + exchange.id, int(wall_s()), ask.model)
         manner = Manner(ask, dialect, heading, tokenizer, self.metrics.model(ask.model), arrived_s)
-        answer = Answer(manner, requests)
+        answer = Answer(manner, requests, await echoes_of(ask, prompts, tokenizer))
         self._remember(exchange.name, answer)
         return answer
 

@@ -14,6 +14,7 @@ from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, Unsupported
 from penstock.request import Request, Sampling
 from penstock.serve.asks import STRING_CHARS, Ask, Prompt, output_budget
+from penstock.serve.chat_template import Chat
 from penstock.serve.text import Tokenizer
 from penstock.tokens import pack
 
@@ -29,7 +30,7 @@ async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) ->
     """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
     if ask.messages is not None:
         name = "messages"
-        prompts: list[Sequence[int]] = [tokenizer.encode_chat(ask.messages, context_tokens)]
+        prompts: list[Sequence[int]] = [await tokenizer.encode_chat(Chat(ask.messages), context_tokens)]
     else:
         name = "prompt"
         prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
@@ -40,16 +41,26 @@ async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) ->
 
 async def _encode(prompt: Prompt, ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> Sequence[int]:
     if isinstance(prompt, str):
-        return tokenizer.encode_text(prompt, context_tokens, ask.adds_special)
+        return await tokenizer.encode_text(prompt, context_tokens, ask.adds_special)
     _check_tokens(prompt, "prompt", tokenizer)
     return prompt
 
 
-def sampling_of(ask: Ask, tokenizer: Tokenizer, defaults: Mapping[str, object], rng: Random) -> Sampling:
+async def echoes_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
+    """What the answer to each prompt begins with, where asked for: the prompt as it was given, or what is left."""
+    if not ask.echoes:
+        return [""] * len(prompts)
+    return [
+        given if isinstance(given, str) and ask.takes_last_tokens is None else await tokenizer.decode(prompt)
+        for given, prompt in zip(ask.prompts, prompts, strict=True)
+    ]
+
+
+async def sampling_of(ask: Ask, tokenizer: Tokenizer, defaults: Mapping[str, object], rng: Random) -> Sampling:
     """How the tokens of every choice are to be chosen, but for their number. Raises BadRequest."""
     seed = rng.getrandbits(63) if ask.seed is None else ask.seed
-    bad_words = tuple(spelling for word in ask.bad_words for spelling in _spellings(word, tokenizer))
-    sampling = ask.sampling(defaults, max_tokens=1, seed=seed, bad_words=bad_words)
+    bad_words = [spelling for word in ask.bad_words for spelling in await _spellings(word, tokenizer)]
+    sampling = ask.sampling(defaults, max_tokens=1, seed=seed, bad_words=tuple(bad_words))
     _check_tokens(sampling.stop_token_ids, "stop_token_ids", tokenizer)
     _check_tokens([token for token, _ in sampling.logit_bias], "logit_bias", tokenizer)
     if ask.best_of > ask.n and sampling.logprobs is None:
@@ -81,15 +92,15 @@ def requests_of(
     return requests
 
 
-def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+async def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """A word at the start of a text and after a space, where it is as long, as vLLM understands `bad_words`."""
-    alone = _word_tokens(word.lstrip(), tokenizer)
-    spaced = _word_tokens(" " + word.lstrip(), tokenizer)
+    alone = await _word_tokens(word.lstrip(), tokenizer)
+    spaced = await _word_tokens(" " + word.lstrip(), tokenizer)
     return [alone, spaced] if spaced[:1] != alone[:1] and len(spaced) == len(alone) else [alone]
 
 
-def _word_tokens(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    tokens = tuple(tokenizer.encode_text(word, STRING_CHARS, add_special_tokens=False))
+async def _word_tokens(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    tokens = tuple(await tokenizer.encode_text(word, STRING_CHARS, add_special_tokens=False))
     if not tokens:
         raise BadRequest(f"bad_words: {word!r} makes no tokens", "bad_words")
     return tokens

@@ -14,9 +14,10 @@ from penstock.cluster import ModelCard, Standing
 from penstock.metrics import IndexMetrics
 from penstock.policy.routing.api import Choice
 from penstock.request import Finish, Request, Timeline, Token
+from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.frontend import Frontend, FrontendOptions
-from penstock.serve.text import ChatTemplate, Tokenizer
+from penstock.serve.text import Tokenizer
 from penstock.tokens import unpack
 from tests.serve.tokenizers_made import CHAT, byte_level
 
