@@ -65,10 +65,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT | _EXPERTS | _ROUTED,
     "phi3": {},
     "glm4": {},
+    "glm4_moe": _EXPERTS | _ROUTED,
+    "olmo2": {"initializer_range": 1.0},
+    "granite": {},
+    "cohere2": _HYBRID,
+    "starcoder2": {"sliding_window": WINDOW},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
     "gpt2": {"head_dim": None, "num_key_value_heads": None},
 }
 SERVED = tuple(_OWN)
-WINDOWED = ("mistral", "gemma2", "gemma3_text", "gpt_oss")
+HYBRID = tuple(name for name, own in _OWN.items() if "layer_types" in own)  # a window in half of the layers
+WINDOWED = tuple(name for name, own in _OWN.items() if "sliding_window" in own)
 
 
 def tiny_config(architecture: str) -> PreTrainedConfig:

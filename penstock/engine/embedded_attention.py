@@ -105,7 +105,10 @@ class Paged:
         for rows, new in zip(self.pool.layers[layer], sides, strict=True):
             rows.view(-1, dim).index_copy_(0, self.batch.writes, new[0].transpose(0, 1).reshape(-1, dim))
 
-    def get_seq_length(self, *_: object) -> int:
+    def get_seq_length(self, layer: int | None = None) -> int:
+        """0, as positions are handed in. Raises UnsupportedModel to a layer that would count them for itself."""
+        if layer is not None:
+            raise UnsupportedModel("a layer counts positions by itself")
         return 0
 
 
