@@ -209,6 +209,8 @@ def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         yield f"has layers of type {', '.join(strange)}"
+    if not _is_latent(text) and getattr(text, "v_head_dim", None) not in (None, _head_dim(text)):
+        yield "caches values of another width than keys"
     if getattr(text, "num_kv_shared_layers", 0):
         yield "shares keys and values between layers"
 
@@ -230,11 +232,18 @@ def _geometry(config: PreTrainedConfig, text: PreTrainedConfig, options: Options
 
 def _row_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
     """Sides, heads and width of what a layer caches of a token: keys and values, or one latent for all heads."""
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _is_latent(text):
         return 1, 1, text.kv_lora_rank + text.qk_rope_head_dim
-    heads: int = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return 2, kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2, getattr(text, "num_key_value_heads", None) or text.num_attention_heads, _head_dim(text)
+
+
+def _is_latent(text: PreTrainedConfig) -> bool:
+    return getattr(text, "kv_lora_rank", None) is not None
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return dim
 
 
 def _device(device: str) -> torch.device:
