@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from penstock.blocks import KvLayout
-from penstock.engine import embedded
+from penstock.engine import embedded, embedded_attention
 from penstock.engine.embedded import EmbeddedEngine, Options
+from penstock.engine.embedded_attention import Scoring
 from penstock.errors import MissingExtra, SetupError, UnreadableModel, UnsupportedModel
 from tests.models import ALIKE, SERVED, make_model
 from tests.support import run
@@ -26,9 +27,9 @@ from tests.support import run
 Checkpoint = Callable[[str], Path]
 
 
-def enter(folder: Path) -> None:
+def enter(folder: Path, dtype: str = "float32") -> None:
     async def inside() -> None:
-        async with EmbeddedEngine(Options(str(folder), device="cpu", threads=1)):
+        async with EmbeddedEngine(Options(str(folder), device="cpu", dtype=dtype, threads=1)):
             pass
 
     run(inside())
@@ -98,6 +99,30 @@ def test_layers_that_attend_to_something_else_than_they_cache_are_refused(tmp_pa
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"DiffLlamaForCausalLM failed .* changes keys and values"):
         enter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "scoring"),
+    [
+        ("llama", "float32", lambda scaling, softcap, sinks: Scoring(1.01 * scaling, softcap, sinks)),
+        ("llama", "bfloat16", lambda scaling, softcap, sinks: Scoring(4 * scaling, softcap, sinks)),
+        ("gemma2", "float32", lambda scaling, softcap, sinks: Scoring(scaling, None, sinks)),
+        ("gpt_oss", "float32", lambda scaling, softcap, sinks: Scoring(scaling, softcap, None)),
+    ],
+    ids=["scaling", "scaling coarsely", "softcap", "sinks"],
+)
+def test_attention_that_is_not_the_models_own_is_refused(
+    checkpoint: Checkpoint,
+    architecture: str,
+    dtype: str,
+    scoring: Callable[..., Scoring],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = checkpoint(architecture)
+    enter(folder, dtype)
+    monkeypatch.setattr(embedded_attention, "Scoring", scoring)
+    with pytest.raises(UnsupportedModel, match=r"ForCausalLM does not attend as this engine does"):
+        enter(folder, dtype)
 
 
 def test_what_the_configuration_hides_shows_in_a_trial_step(tmp_path: Path) -> None:
