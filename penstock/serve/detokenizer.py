@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """The text of one answer. Once `is_stopped`, a stop string was found and later tokens do not count."""
+    """The text of one answer. Once `stopped_by` a stop string, later tokens do not count."""
 
-    __slots__ = ("_detokenizer", "_stops", "is_stopped")
+    __slots__ = ("_detokenizer", "_min_tokens", "_stops", "stopped_by")
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopFinder | None) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopFinder | None, min_tokens: int) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
-        self.is_stopped = False
+        self._min_tokens = min_tokens
+        self.stopped_by = ""
 
     def push(self, token: int) -> str:
         """What this token lets us show; often its own text, sometimes nothing yet, or more."""
         text = self._detokenizer.push(token)
         if self._stops is None:
             return text
+        if self._min_tokens > 0:
+            self._min_tokens -= 1
+            return text
         text = self._stops.push(text)
-        self.is_stopped = self._stops.found
+        self.stopped_by = self._stops.found
         return text
 
     def finish(self) -> str:
@@ -42,14 +46,14 @@ class Output:
         if self._stops is None:
             return self._detokenizer.finish()
         text = self._stops.push(self._detokenizer.finish())
-        self.is_stopped = self._stops.found
+        self.stopped_by = self._stops.found
         return text + self._stops.finish()
 
 
 class Detokenizer:
     """Tokens of one answer into text, as they come.
 
-    All pieces together are what decoding all tokens at once gives, special tokens left out. Bytes are held back
+    All together are what decoding all tokens at once gives, special tokens as `pieces` have them. Bytes are held back
     until their character is complete; what cannot become one is U+FFFD. One difference: if a run of SentencePiece
     byte tokens is not UTF-8 the library gives U+FFFD for all of it; here its valid characters are out already.
     """

@@ -8,25 +8,27 @@ from collections.abc import Sequence
 class StopFinder:
     """Finds the first stop string in a growing text, and holds back what may become one."""
 
-    __slots__ = ("_firsts", "_held", "_longest", "_stops", "found")
+    __slots__ = ("_firsts", "_held", "_includes", "_longest", "_stops", "found")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], includes: bool = False) -> None:
+        """With `includes` the string that is found is part of the text."""
         self._stops = stops
         self._longest = max(len(stop) for stop in stops)
         self._firsts = {stop[0] for stop in stops}
         self._held = ""
-        self.found = False
+        self._includes = includes
+        self.found = ""
 
     def push(self, text: str) -> str:
         """The text that is certainly outside of any stop string; once one is found, the text before it, then none."""
         if self.found:
             return ""
         text = self._held + text
-        hits = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            self.found = True
+            at, self.found = min(hits, key=lambda hit: hit[0])
             self._held = ""
-            return text[: min(hits)]
+            return text[: at + len(self.found) * self._includes]
         cut = self._first_suspect(text)
         self._held = text[cut:]
         return text[:cut]

@@ -14,8 +14,8 @@ from msgspec import Meta
 
 from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, NoWorker
+from penstock.serve.asks import parse_messages, read_body
 from penstock.serve.chat_template import Chat
-from penstock.serve.openai import parse_messages, read_body
 from penstock.serve.text import Tokenizer
 from penstock.tokens import Tokens
 

@@ -12,6 +12,7 @@ from tokenizers import decoders
 
 from penstock.errors import UnsupportedModel
 from penstock.serve.detokenizer import Output
+from penstock.serve.stop_strings import StopFinder
 from penstock.serve.text import Tokenizer
 from tests.serve.tokenizers_made import byte_level, sentencepiece
 from tests.support import run
@@ -39,10 +40,12 @@ sentencepiece_ids = st.lists(st.integers(0, sentencepiece().get_vocab_size() + 2
 texts = st.text(st.characters(codec="utf-8"), max_size=40)
 
 
-@given(byte_level_ids)
-def test_byte_level_pieces_make_the_whole(tokens: list[int]) -> None:
+@pytest.mark.parametrize("shows_special", [False, True])
+@given(tokens=byte_level_ids)
+def test_byte_level_pieces_make_the_whole(shows_special: bool, tokens: list[int]) -> None:
     codec = byte_level()
-    assert streamed(Tokenizer(codec, None, "m").output(), tokens) == codec.decode(tokens)
+    output = Tokenizer(codec, None, "m").output(shows_special=shows_special)
+    assert streamed(output, tokens) == codec.decode(tokens, skip_special_tokens=not shows_special)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -111,15 +114,15 @@ def test_other_decoders_are_refused(decoder: decoders.Decoder | None) -> None:
 
 def test_output_stops() -> None:
     tokenizer = Tokenizer(byte_level(), None, "m")
-    output = tokenizer.output(stops=["turbine"])
+    output = tokenizer.output(StopFinder(["turbine"]))
     shown = "".join(output.push(token) for token in run(tokenizer.encode_text("the turb, the turbine; this", 99)))
     assert shown == "the turb, the "
-    assert output.is_stopped
+    assert output.stopped_by == "turbine"
     assert output.finish() == ""
 
 
 def test_held_back_text_comes_at_the_end() -> None:
     tokenizer = Tokenizer(byte_level(), None, "m")
-    output = tokenizer.output(stops=["turbine"])
+    output = tokenizer.output(StopFinder(["turbine"]))
     shown = "".join(output.push(token) for token in run(tokenizer.encode_text("the turb", 99)))
-    assert (shown, output.finish(), output.is_stopped) == ("the ", "turb", False)
+    assert (shown, output.finish(), output.stopped_by) == ("the ", "turb", "")

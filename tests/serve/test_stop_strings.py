@@ -20,7 +20,7 @@ def test_text_ends_before_the_first_stop_string(parts: list[str], stops: list[st
         shown += finder.push(part)
         read += part
         starts = [read.find(stop) for stop in stops if stop in read]
-        assert finder.found == bool(starts)
+        assert bool(finder.found) == bool(starts)
         if finder.found:
             assert shown == read[: min(starts)]
             return
