@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import BadRequest, UnreadableModel
-from penstock.serve.chat_template import Chat, ChatTemplate, load_template
+from penstock.serve.chat_template import Chat, ChatTemplate, load_json, load_template
 from penstock.serve.detokenizer import Detokenizer, Output, Pieces, keep, spelling_of
 from penstock.serve.encoder import Encode, Encoder, Offload, fast_codec, plain_codec
+from penstock.serve.parsers.choice import PLAIN, Formats, pick
 from penstock.serve.pieces import cutter_of
 from penstock.serve.stop_strings import StopFinder
 from penstock.tokens import Tokens
@@ -36,11 +37,14 @@ class Tokenizer:
         model: str,
         encode: Encode | None = None,
         offload: Offload | None = None,
+        formats: Formats = PLAIN,
     ) -> None:
-        """`model` is its name in errors; `encode` does what `codec` would; what is long goes through `offload`.
+        """`model` is its name in errors; `formats` says how its answers are read. `encode` does what `codec` would;
+        what is long goes through `offload`.
 
         Raises UnsupportedModel if its output cannot be streamed.
         """
+        self.formats = formats
         self._codec = codec
         self._template = template
         self._model = model
@@ -49,9 +53,8 @@ class Tokenizer:
         self._offload = offload
         self._before, self._after = _tokens_around(codec)
         self._spelling = spelling_of(codec, model)
-        special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
-        self._texts = Pieces(lambda token: b"" if token in special else self.spell(token))
-        self._texts_with_special = Pieces(self.spell)
+        self._special = {i: token.content for i, token in codec.get_added_tokens_decoder().items() if token.special}
+        self._texts: dict[tuple[str, ...] | None, Pieces] = {}  # by the special tokens that are text
 
     @property
     def vocab_size(self) -> int:
@@ -105,20 +108,34 @@ class Tokenizer:
         stops: StopFinder | None = None,
         is_continuation: bool = False,
         min_tokens: int = 0,
-        shows_special: bool = False,
+        shown: tuple[str, ...] | None = (),
     ) -> Output:
         """Where one answer's tokens become text. A continuation keeps the space before its first word.
 
-        Stop strings are looked for after `min_tokens` tokens. Special tokens are text only where they are to be shown.
+        Stop strings are looked for after `min_tokens` tokens. Of special tokens those in `shown` are text;
+        None: all of them.
         """
         start = keep if is_continuation else self._spelling.start
-        texts = self._texts_with_special if shows_special else self._texts
-        return Output(Detokenizer(texts, start), stops, min_tokens)
+        return Output(Detokenizer(self._pieces(shown), start), stops, min_tokens)
+
+    def _pieces(self, shown: tuple[str, ...] | None) -> Pieces:
+        """What each token adds to a text in which these special tokens are shown."""
+        if shown not in self._texts:
+            hidden = {i for i, name in self._special.items() if shown is not None and name not in shown}
+            self._texts[shown] = Pieces(lambda token: b"" if token in hidden else self.spell(token))
+        return self._texts[shown]
 
 
-def load_tokenizer(folder: Path, model: str, offload: Offload | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: Path,
+    model: str,
+    offload: Offload | None = None,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
+) -> Tokenizer:
     """Reads tokenizer.json, tokenizer_config.json and the chat template of a Hugging Face model folder.
 
+    `tool_parser` and `reasoning_parser` name how answers are read; None: as the model's kind and template suggest.
     Encodes with fastokens where that is installed and equal, and long texts through `offload` where there is one.
     Raises UnreadableModel or UnsupportedModel.
     """
@@ -136,7 +153,13 @@ def load_tokenizer(folder: Path, model: str, offload: Offload | None = None) -> 
         raise UnreadableModel(f"{path} is no tokenizer that this release can read: {error}") from error
     codec.no_truncation()
     codec.no_padding()
-    return Tokenizer(codec, load_template(folder), model, fast_codec(codec), offload)
+    template = load_template(folder)
+    formats = pick(_model_type(folder), "" if template is None else template.source, tool_parser, reasoning_parser)
+    return Tokenizer(codec, template, model, fast_codec(codec), offload, formats)
+
+
+def _model_type(folder: Path) -> str:
+    return str(load_json(folder / "config.json").get("model_type", ""))
 
 
 def _tokens_around(codec: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:

@@ -6,7 +6,7 @@ the engine must write, and `parsers.forced` reads it. Calls that the model is fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Annotated, Literal
 
@@ -212,41 +212,29 @@ class _PastCall(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-def for_template(message: Mapping[str, object], where: str) -> dict[str, object]:
-    """A message as chat templates take it: calls have their arguments as objects, not as JSON in a string.
+def check_past(role: str, calls: object, answers: str | None, where: str) -> None:
+    """Of a message: its `tool_calls`, and the `tool_call_id` that it answers. `where` is its path in the request.
 
-    `where` is its path in the request. Raises BadRequest for calls that are none, for calls that no assistant made,
-    and for a tool's answer that does not say to which call.
+    Raises BadRequest for calls that are none, for calls that no assistant made, and for a tool's answer that does not
+    say to which call.
     """
-    found = dict(message)
-    role = message.get("role")
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+    if role == "tool" and answers is None:
         path = f"{where}.tool_call_id"
         raise BadRequest(f"{path}: the answer of a tool needs the id of the call that it answers", path)
-    calls = found.pop("tool_calls", None)
-    if calls:
-        path = f"{where}.tool_calls"
-        if role != "assistant":
-            raise BadRequest(f"{path}: only the assistant calls tools", path)
-        past = convert(calls, list[_PastCall], path)
-        found["tool_calls"] = [_past_call(call, f"{path}[{i}]") for i, call in enumerate(past)]
-    if found.get("content") is None:
-        found["content"] = ""
-    return found
+    if not calls:
+        return
+    path = f"{where}.tool_calls"
+    if role != "assistant":
+        raise BadRequest(f"{path}: only the assistant calls tools", path)
+    for i, call in enumerate(convert(calls, list[_PastCall], path)):
+        _check_arguments(call.function.arguments, f"{path}[{i}].function.arguments")
 
 
-def _past_call(call: _PastCall, where: str) -> dict[str, object]:
-    arguments = _past_arguments(call.function.arguments, f"{where}.function.arguments")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def _past_arguments(arguments: str | dict[str, object] | None, path: str) -> dict[str, object]:
-    if not isinstance(arguments, str):
-        return arguments or {}
-    if not arguments.strip():
-        return {}
+def _check_arguments(arguments: str | dict[str, object] | None, path: str) -> None:
+    if not isinstance(arguments, str) or not arguments.strip():
+        return
     try:
-        return msgspec.json.decode(arguments, type=dict[str, object])
+        msgspec.json.decode(arguments, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadRequest(f"{path}: these must be a JSON object in a string: {error}", path) from error
 
