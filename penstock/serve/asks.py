@@ -18,7 +18,7 @@ from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Sampling
 from penstock.serve.chat_template import Chat, Message
 from penstock.serve.fields import convert, join
-from penstock.serve.tools import Tools, check_past, parse_tools
+from penstock.serve.tools import Tools, for_template, parse_tools
 
 T = TypeVar("T")
 
@@ -340,7 +340,6 @@ def _parse_message(raw: dict[str, object], where: str) -> Message:
         )
     if message.content is None and not message.tool_calls:
         raise BadRequest(f"{where}.content: this field is required", f"{where}.content")
-    check_past(message.role, message.tool_calls, message.tool_call_id, where)
     content = message.content
     if isinstance(content, list):
         content = "\n".join([_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)])
@@ -348,7 +347,7 @@ def _parse_message(raw: dict[str, object], where: str) -> Message:
         **{"role": role, "content": content or "", "name": message.name, "tool_calls": message.tool_calls},
         **{"tool_call_id": message.tool_call_id, "reasoning_content": message.reasoning_content or message.reasoning},
     }
-    return {name: value for name, value in told.items() if value is not None and value != []}
+    return for_template({name: value for name, value in told.items() if value is not None}, where)
 
 
 def _parse_part(raw: dict[str, object], where: str) -> str:

@@ -6,7 +6,7 @@ the engine must write, and `parsers.forced` reads it. Calls that the model is fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Annotated, Literal
 
@@ -212,31 +212,28 @@ class _PastCall(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-def check_past(role: str, calls: object, answers: str | None, where: str) -> None:
-    """Of a message: its `tool_calls`, and the `tool_call_id` that it answers. `where` is its path in the request.
+def for_template(message: Mapping[str, object], where: str) -> dict[str, object]:
+    """A message with its calls checked and complete, as `chat_template` takes it; `where` is its path in the request.
 
-    Raises BadRequest for calls that are none, for calls that no assistant made, and for a tool's answer that does not
-    say to which call.
+    Arguments stay as they were sent, JSON or not: a client sends back what a model wrote. Raises BadRequest for calls
+    that are none, for calls that no assistant made, and for a tool's answer that does not say to which call.
     """
-    if role == "tool" and answers is None:
+    if message.get("role") == "tool" and not isinstance(message.get("tool_call_id"), str):
         path = f"{where}.tool_call_id"
         raise BadRequest(f"{path}: the answer of a tool needs the id of the call that it answers", path)
-    if not calls:
-        return
+    found = {name: value for name, value in message.items() if name != "tool_calls"}
+    if not message.get("tool_calls"):
+        return found
     path = f"{where}.tool_calls"
-    if role != "assistant":
+    if message.get("role") != "assistant":
         raise BadRequest(f"{path}: only the assistant calls tools", path)
-    for i, call in enumerate(convert(calls, list[_PastCall], path)):
-        _check_arguments(call.function.arguments, f"{path}[{i}].function.arguments")
+    calls = [_past_call(call) for call in convert(message["tool_calls"], list[_PastCall], path)]
+    return found | {"content": message.get("content") or "", "tool_calls": calls}
 
 
-def _check_arguments(arguments: str | dict[str, object] | None, path: str) -> None:
-    if not isinstance(arguments, str) or not arguments.strip():
-        return
-    try:
-        msgspec.json.decode(arguments, type=dict[str, object])
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise BadRequest(f"{path}: these must be a JSON object in a string: {error}", path) from error
+def _past_call(call: _PastCall) -> dict[str, object]:
+    function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 # Answers.
