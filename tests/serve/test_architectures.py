@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -140,8 +141,8 @@ def test_a_dropped_window_shows(reference: Callable[[str], tuple[Path, Ids]], ar
     folder, wanted = reference(architecture)
     real = Group.span
 
-    def unlimited(group: Group, window: int | None) -> Span:
-        return real(group, None)
+    def unlimited(group: Group, window: int | None, *others: Any) -> Span:
+        return real(group, None, *others)
 
     mutant = patch.object(Group, "span", unlimited)
     assert run(play(folder, ROUTES["disaggregated"], mutant=mutant), timeout_s=60) != wanted
