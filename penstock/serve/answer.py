@@ -59,15 +59,6 @@ class Manner:
         """What a token is called among log probabilities."""
         return b"token_id:%d" % token if self.ask.names_tokens_by_id else self.tokenizer.spell(token)
 
-    def echoed(self, index: int, request: Request) -> str:
-        """The prompt, where the answer begins with it: as it was given, or what is left of it."""
-        if not self.ask.echoes:
-            return ""
-        prompt = self.ask.prompts[index // self.ask.best_of]
-        if isinstance(prompt, str) and self.ask.takes_last_tokens is None:
-            return prompt
-        return self.tokenizer.decode_nowait(unpack(request.prompt))
-
     def output(self) -> Output:
         """Where the tokens of a choice become text."""
         ask = self.ask
@@ -81,12 +72,14 @@ class Manner:
 class Answer:
     """What was asked, and what came of it so far."""
 
-    def __init__(self, manner: Manner, requests: Sequence[Request]) -> None:
-        """`requests` prompt by prompt, `best_of` for each."""
+    def __init__(self, manner: Manner, requests: Sequence[Request], echoes: Sequence[str]) -> None:
+        """`requests` prompt by prompt, `best_of` for each; `echoes` are what the answer to each prompt begins with."""
         self.ask = manner.ask
         self.arrived_s = manner.arrived_s
         self._manner = manner
-        self.choices = [Choice(manner, index, request) for index, request in enumerate(requests)]
+        self.choices = [
+            Choice(manner, index, request, echoes[index // self.ask.best_of]) for index, request in enumerate(requests)
+        ]
 
     @property
     def timeout_s(self) -> float:
@@ -145,7 +138,7 @@ class Answer:
 class Choice:
     """One output of an answer."""
 
-    def __init__(self, manner: Manner, index: int, request: Request) -> None:
+    def __init__(self, manner: Manner, index: int, request: Request, echoed: str) -> None:
         heading = manner.heading
         self.index = index
         self.request = request
@@ -158,7 +151,7 @@ class Choice:
         self._ask = manner.ask
         self._output = manner.output()
         self._events = manner.dialect.events(heading, manner.ask.wants_usage, index)
-        self._echoed = manner.echoed(index, request)
+        self._echoed = echoed
         self._texts: list[str] = []
         self._ids: list[int] = []  # where they are shown
         self._is_plain = manner.ask.logprobs is None and not manner.ask.shows_token_ids

@@ -224,10 +224,9 @@ def parse_chat(body: bytes) -> Ask:
         raise BadRequest("max_tokens: a chat has at least one token of answer", "max_tokens")
     if fields.top_logprobs is not None and not fields.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    messages = parse_messages(fields.messages)
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens
-    return msgspec.structs.replace(ask, messages=messages, max_tokens=max_tokens)
+    return msgspec.structs.replace(ask, messages=parse_messages(fields.messages), max_tokens=max_tokens)
 
 
 def parse_completion(body: bytes) -> Ask:

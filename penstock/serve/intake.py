@@ -46,11 +46,21 @@ async def _encode(prompt: Prompt, ask: Ask, tokenizer: Tokenizer, context_tokens
     return prompt
 
 
+async def echoes_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
+    """What the answer to each prompt begins with, where asked for: the prompt as it was given, or what is left."""
+    if not ask.echoes:
+        return [""] * len(prompts)
+    return [
+        given if isinstance(given, str) and ask.takes_last_tokens is None else await tokenizer.decode(prompt)
+        for given, prompt in zip(ask.prompts, prompts, strict=True)
+    ]
+
+
 def sampling_of(ask: Ask, tokenizer: Tokenizer, defaults: Mapping[str, object], rng: Random) -> Sampling:
     """How the tokens of every choice are to be chosen, but for their number. Raises BadRequest."""
     seed = rng.getrandbits(63) if ask.seed is None else ask.seed
-    bad_words = tuple(spelling for word in ask.bad_words for spelling in _spellings(word, tokenizer))
-    sampling = ask.sampling(defaults, max_tokens=1, seed=seed, bad_words=bad_words)
+    bad_words = [spelling for word in ask.bad_words for spelling in _spellings(word, tokenizer)]
+    sampling = ask.sampling(defaults, max_tokens=1, seed=seed, bad_words=tuple(bad_words))
     _check_tokens(sampling.stop_token_ids, "stop_token_ids", tokenizer)
     _check_tokens([token for token, _ in sampling.logit_bias], "logit_bias", tokenizer)
     if ask.best_of > ask.n and sampling.logprobs is None:
