@@ -59,8 +59,8 @@ def compile_guide(guide: Guide, tokenizer: LLTokenizer) -> LLMatcher:
 def raise_error_of(matcher: LLMatcher) -> None:
     """Raises BadRequest if the matcher failed, after which it allows nothing but the end."""
     if matcher.is_error():
-        lines = matcher.get_error().replace("<non-verbose/>", "").splitlines()
-        raise BadRequest(f"it cannot be followed: {lines[0][:300] if lines else 'no reason given'}")
+        reason = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+        raise BadRequest(f"it cannot be followed: {reason[:300]}")
 
 
 @cache

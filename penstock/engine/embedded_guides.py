@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file
@@ -61,8 +60,10 @@ def _tokenizer(text: str, vocabulary: int, eos_token_ids: list[int]) -> LLTokeni
     """Of as many tokens as the model has, or as the tokenizer names, if that is more. Raises ValueError."""
     from llguidance import LLTokenizer
 
-    named: int = tokenizers.Tokenizer.from_str(text).get_vocab_size(with_added_tokens=True)
-    return LLTokenizer(text, n_vocab=max(named, vocabulary), eos_token=eos_token_ids)
+    try:
+        return LLTokenizer(text, n_vocab=vocabulary, eos_token=eos_token_ids)
+    except ValueError:  # perhaps since it names more
+        return LLTokenizer(text, eos_token=eos_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

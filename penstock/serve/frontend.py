@@ -61,9 +61,13 @@ log = logging.getLogger(__name__)
 
 
 class TokenStream(Protocol):
-    """One request's output. `timeline` is what the workers have told so far, None before the first token."""
+    """One request's output. `timeline` is what the workers have told so far, None before the first token.
+
+    `prompt_logprobs` are those of the prompt's tokens but the first, if asked for; they come with the first token.
+    """
 
     timeline: Timeline | None
+    prompt_logprobs: list[Token] | None
 
     async def read(self) -> tuple[list[Token], Finish | None]:
         """Waits for news: tokens since the last read, and the end with the last of them.

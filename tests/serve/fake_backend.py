@@ -95,6 +95,7 @@ class FakeStream:
     def __init__(self, news: AsyncIterator[News]) -> None:
         self._news = news
         self.timeline: Timeline | None = None
+        self.prompt_logprobs: list[Token] | None = None
 
     async def read(self) -> News:
         await asyncio.sleep(0)
