@@ -291,8 +291,6 @@ def _with_forced_call(ask: Ask, schema: Schema) -> Ask:
     """The whole answer is a call, whatever the model's own way of calling."""
     if "guide" in ask.given:
         raise BadRequest("tool_choice asks for a call, and the output is guided already; leave one out", "tool_choice")
-            "tool_choice asks for a call, and the output is guided otherwise; leave one out", "tool_choice"
-        )
     guide = schema_guide(schema)
     check(guide, "tools")
     given = ask.given | {"guide": guide}
