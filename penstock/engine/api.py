@@ -8,19 +8,20 @@ port at the level of whole sequences instead.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from penstock.blocks import BlockId, KvLayout, Region
+from penstock.errors import PenstockError
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 from penstock.tokens import Tokens
 
 # What an engine may lack; requests that need it are refused with a 400. "sampling" draws from the model's distribution
 # or a part of it, "penalties" changes the distribution: penalties, biases and bad words. Every engine has seeds,
-# min_tokens, stop_token_ids and ignore_eos.
-FEATURES = ("logprobs", "sampling", "penalties", "prompt_logprobs")
+# min_tokens, stop_token_ids and ignore_eos. "guide" holds the output to a schema, an expression or a grammar.
+FEATURES = ("logprobs", "sampling", "penalties", "prompt_logprobs", "guide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,17 @@ class Step:
         object.__setattr__(self, "tokens", sum(len(s.tokens) for s in self.slices))
 
 
+class SequencesFailed(Exception):
+    """Some of a step's sequences cannot go on, whatever else is in their step; the step does not count for any.
+
+    `errors` says why, by `Past.sequence`. Without these the step may be tried again.
+    """
+
+    def __init__(self, errors: Mapping[str, PenstockError]) -> None:
+        super().__init__(", ".join(f"{sequence}: {error}" for sequence, error in errors.items()))
+        self.errors = errors
+
+
 class Engine(Protocol):
     """Used as `async with engine:`; entering loads the model. One step at a time."""
 
@@ -115,7 +127,7 @@ class Engine(Protocol):
         """One token for each slice with `sampling`, else None, in order.
 
         Cancelling the await does not stop the computation: the caller shields it and waits, since the memory is
-        being written until it returns. Raises EngineFailed.
+        being written until it returns. Raises EngineFailed, or SequencesFailed where it is for some of them alone.
         """
         ...
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self, TypeVar, TypeVarTuple
 
 from penstock.blocks import Region
-from penstock.engine.api import EngineInfo, Scored, Step
+from penstock.engine.api import EngineInfo, Scored, SequencesFailed, Step
 from penstock.engine.embedded_options import Options
 from penstock.errors import EngineFailed, MissingExtra
 from penstock.request import Token
@@ -89,6 +89,8 @@ class EmbeddedEngine:
             return compute(self._model, self._pools[step.region.key])
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold views of the region, which may be unmapped
+            if isinstance(error, SequencesFailed):
+                raise
             what = f"{type(error).__name__}: {error}"
             raise EngineFailed(f"a step of {step.tokens} tokens raised {what}") from error
 

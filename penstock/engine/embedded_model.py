@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from penstock.blocks import BlockId, KvLayout, Region
-from penstock.engine.api import EngineInfo, Scored, Slice
+from penstock.engine.api import FEATURES, EngineInfo, Scored, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Batch, Geometry, build
+from penstock.engine.embedded_guides import Guides, read_tokenizer
 from penstock.engine.embedded_options import Options
 from penstock.engine.embedded_sampling import Draw, Sampler, check_finite, with_logprobs
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
@@ -31,6 +32,9 @@ from penstock.policy.latency.roofline import Roofline
 from penstock.policy.latency.shape import shape_of
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 _SERVED = (
     "served are decoders that cache one shape in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss, DeepSeek-V3..."
@@ -49,6 +53,7 @@ class Checkpoint:
     config: PreTrainedConfig
     geometry: Geometry
     info: EngineInfo
+    tokenizer: LLTokenizer | None  # as guides need it
 
 
 # While from_pretrained runs, transformers patches its own classes for the whole process; two at a time leave a patch
@@ -65,18 +70,21 @@ def read(options: Options) -> Checkpoint:
     text = config.get_text_config(decoder=True)
     architecture = _supported_architecture(model, config, text)
     geometry = _geometry(config, text, options)
+    eos_token_ids = _eos_token_ids(model, text)
+    tokenizer = read_tokenizer(model, text.vocab_size, eos_token_ids)
     info = EngineInfo(
         name="embedded",
         model=model,
         layout=geometry.layout,
         vocab_size=text.vocab_size,
         max_context_tokens=_context_limit(text, options),
-        eos_token_ids=_eos_token_ids(model, text),
+        eos_token_ids=eos_token_ids,
         device=str(geometry.device),
         shares_memory=geometry.device.type == "cpu",
+        supports=FEATURES if tokenizer else tuple(feature for feature in FEATURES if feature != "guide"),
         step_prior=_step_prior(text, geometry, options),
     )
-    return Checkpoint(architecture, config, geometry, info)
+    return Checkpoint(architecture, config, geometry, info, tokenizer)
 
 
 def _step_prior(text: PreTrainedConfig, geometry: Geometry, options: Options) -> StepModel:
@@ -114,7 +122,7 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UnreadableModel(f"{folder} lacks {len(missing)} weights of its architecture, such as {missing[0]}")
-    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint.geometry, checkpoint.info)
+    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint)
     _try_out(loaded, checkpoint)
     return loaded
 
@@ -122,12 +130,12 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
 class LoadedModel:
     """Weights, and the arithmetic of one step. Used from one thread."""
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry, info: EngineInfo) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self._model = model
-        self._geometry = geometry
+        self._geometry = checkpoint.geometry
         self._scratch = Scratch()
-        self._sampler = Sampler(info.eos_token_ids)
-        self._scored_tokens = max(1, _SCORED_LOGITS // info.vocab_size)
+        self._sampler = Sampler(checkpoint.info.eos_token_ids, Guides(checkpoint.tokenizer))
+        self._scored_tokens = max(1, _SCORED_LOGITS // checkpoint.info.vocab_size)
 
     def kv_room_bytes(self) -> int:
         """Most of what the GPU has free now; the rest is for activations. 0 on the CPU."""

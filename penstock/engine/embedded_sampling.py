@@ -2,6 +2,7 @@
 
     the model's logits -> log probabilities, if asked for
         -> bans, biases and penalties, see embedded_penalties
+        -> what a guide rules out, see embedded_guides
         -> greedy, or temperature -> min_p -> top_k -> top_p -> one draw
 
 Rows do not see each other: the same logits, sampling, past and position give the same token alone or in any batch.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from penstock.engine.api import NO_PAST, Past
 from penstock.engine.chance import uniform
+from penstock.engine.embedded_guides import Guides
 from penstock.engine.embedded_penalties import Penalties
 from penstock.request import Sampling, Token
 
@@ -34,18 +36,23 @@ class Draw:
 class Sampler:
     """Of one model. Used from one thread."""
 
-    def __init__(self, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, eos_token_ids: Sequence[int] = (), guides: Guides | None = None) -> None:
         self._penalties = Penalties(eos_token_ids)
+        self._guides = guides or Guides(None)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Token]:
         """One token for each row of `logits` [rows, vocabulary], of any floating dtype.
 
         Raises ValueError where a row holds no distribution: damaged keys and values, or a dtype that overflowed.
+        Raises SequencesFailed for guides that cannot be followed.
         """
+        mask = self._guides.mask([(draw.sampling, draw.past) for draw in draws], logits)  # a GPU still computes
         logits = logits.float()
         best, greedy = logits.max(-1)
         check_finite(best, [draw.position for draw in draws])
         shaped = self._shape(logits, draws)
+        if mask is not None:
+            shaped = mask.apply(shaped, logits)
         if shaped is not logits:
             greedy = shaped.argmax(-1)
         return _tell(logits, _choose(shaped, greedy, draws), draws)

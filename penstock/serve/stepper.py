@@ -18,7 +18,7 @@ from typing import TypeVar
 from penstock import clock
 from penstock.blocks import BlockId, Region
 from penstock.cluster import StepPrices
-from penstock.engine.api import Engine, MultiStepEngine, Past, ScoringEngine, Slice, Step
+from penstock.engine.api import Engine, MultiStepEngine, Past, ScoringEngine, SequencesFailed, Slice, Step
 from penstock.errors import EngineFailed, OutOfBlocks, PenstockError
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
@@ -198,14 +198,17 @@ class Stepper:
 
     def leave(self, run: Run, then: Callable[[], None]) -> None:
         """Takes `run` out for good; `then` is called once no step touches its blocks any more. Idempotent per run."""
-        for queue in (self._running, self._waiting, self._guests):
-            if run in queue:
-                queue.remove(run)
+        self._remove(run)
         if run in self._in_step:
             self._after_step.append(then)
             self._look_again()
         else:
             then()
+
+    def _remove(self, run: Run) -> None:
+        for queue in (self._running, self._waiting, self._guests):
+            if run in queue:
+                queue.remove(run)
 
     async def run(self) -> None:
         """Steps until cancelled; then waits for the step that is being computed."""
@@ -325,6 +328,13 @@ class Stepper:
             self._land()
             for run, _ in chosen:
                 run.on_error(error)
+            return
+        except SequencesFailed as failed:
+            self._land()
+            for run, _ in chosen:
+                if why := failed.errors.get(run.past.sequence):
+                    self._remove(run)
+                    run.on_error(why)
             return
         except BaseException:  # cancelled, or a bug of the engine: who waits for the end of this step may go on
             self._land()
