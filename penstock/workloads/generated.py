@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from penstock.sim.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload
+from penstock.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload
 
 
 @dataclass(frozen=True, slots=True)
