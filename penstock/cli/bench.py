@@ -1,0 +1,393 @@
+"""`penstock bench`: a sweep of loads against a running server, as a table, JSON and a page.
+
+flags -> plan, checked before the first request -> what the server is -> warm-up -> measurements -> table, JSON, HTML
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from penstock import clock
+from penstock.cli import process
+from penstock.cli.output import (
+    STANDARD_OUTPUT,
+    OnProgress,
+    as_json,
+    check_writable,
+    listed,
+    positive,
+    print_table,
+    progress,
+    table_console,
+    write,
+)
+from penstock.config import EndpointSettings, LoadSettings, LoadTargetSettings, PromptSettings
+from penstock.errors import SetupError
+from penstock.load.columns import COLUMNS
+from penstock.load.generator import Asking, Generator
+from penstock.load.http import Http
+from penstock.load.page import heading, page, rows
+from penstock.load.prompts import Prefix, Prompts, words_of_server, words_of_tokenizer
+from penstock.load.record import Recorder
+from penstock.load.report import Cell, Report, Slo, complaints, summarize
+from penstock.load.server import count_tokens, find_model
+from penstock.workloads import named
+from penstock.workloads.generated import Arrivals, Constant, Gamma, Poisson, Shape, Spread, generated
+from penstock.workloads.workload import Workload
+
+DEFAULT_CONCURRENCY = 8
+DEFAULT_DURATION_S = 20.0
+TURNS_CV = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One place in a sweep: `load` is what `value` is of, "rate", "concurrency" or "speed"."""
+
+    load: str
+    value: float
+
+
+WARMUP = Level("concurrency", 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured, at each of `levels`. A measurement ends after `requests` or `duration_s`, what comes first.
+
+    There are no more than `most` requests, if that is known.
+    """
+
+    levels: tuple[Level, ...]
+    workload: Callable[[Level, int], Workload]  # at this level, with this seed
+    name: str
+    requests: int | None
+    most: int | None
+    duration_s: float | None
+    warmup: int
+    seed: int
+    prefix: Prefix
+    slo: Slo
+
+    def sessions(self, level: Level, salt: str) -> Workload:
+        """Other salts, other text: a server has nothing of one measurement in its cache when the next one begins."""
+        workload = self.workload(level, self.seed).apart(f"{salt} {self.seed}")
+        return workload if self.requests is None else workload.of_requests(self.requests)
+
+
+async def bench(
+    url: str,
+    asked: EndpointSettings,
+    load: LoadSettings,
+    prompts: PromptSettings,
+    targets: LoadTargetSettings,
+    json_file: str,
+    html: Path | None,
+) -> None:
+    """The command. Raises SetupError for what cannot be asked, before the first request if it can be known."""
+    plan = plan_of(load, prompts, targets)
+    more = fields_of(asked.body)
+    json_path = None if json_file in ("", STANDARD_OUTPUT) else Path(json_file)
+    for path in (json_path, html):
+        if path is not None:
+            check_writable(path)
+    positive("--timeout-s", asked.timeout_s)
+    headers = {"Authorization": f"Bearer {asked.api_key}"} if asked.api_key else {}
+    async with Http(url, headers) as http:
+        asking = await asking_of(http, asked, plan, more)
+        reports = await measure_all(http, asking, plan, url)
+    if not reports:
+        raise SetupError("stopped before anything was measured")
+    if html is not None:
+        write(html, page(reports))
+    if json_path is not None:
+        write(json_path, as_json(reports))
+    if json_file == STANDARD_OUTPUT:
+        print(as_json(reports), end="")
+    else:
+        show(reports, table_console())
+
+
+# What people read
+
+
+def show(reports: Sequence[Report], console: Console) -> None:
+    """One measurement in full, a sweep as a row for each; then what should be known before it is believed."""
+    cell = reports[0].cell
+    console.print(f"{cell.model} at {cell.url}: {heading(reports[0])}", markup=False, soft_wrap=True)
+    if len(reports) == 1:
+        show_one(reports[0], console)
+    else:
+        print_table((cell.load,), COLUMNS, rows(reports), console)
+    for report in reports:
+        for line in complaints(report):
+            console.print(f"{report.cell.title}: {line}", markup=False, soft_wrap=True)
+
+
+def show_one(report: Report, console: Console) -> None:
+    latencies = report.latencies
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(report.cell.title, no_wrap=True)
+    for title in ("mean", "p50", "p90", "p99", "max"):
+        table.add_column(title, justify="right")
+    for name, spread in (
+        ("TTFT, ms", latencies.ttft),
+        ("ITL, ms", latencies.itl),
+        ("TPOT, ms", latencies.tpot),
+        ("gap before the second token, ms", latencies.second_token_gap),
+        ("end to end, ms", latencies.end_to_end),
+        ("sent late, ms", report.generated.lateness),
+    ):
+        if spread is not None:
+            values = (spread.mean, spread.p50, spread.p90, spread.p99, spread.max)
+            table.add_row(name, *(f"{value * 1e3:,.2f}" for value in values))
+    console.print(table)
+    for line in facts(report):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def facts(report: Report) -> Iterator[str]:
+    """What is no latency."""
+    rates, tokens, met = report.throughput, report.tokens, report.attainment
+    yield f"{report.ended:,} of {report.requests:,} requests ended well in {report.duration_s:,.1f} s"
+    yield (
+        f"{rates.requests_per_s:,.2f} requests/s, {rates.output_tokens_per_s:,.1f} tokens/s out, "
+        f"{rates.total_tokens_per_s:,.1f} in and out"
+    )
+    yield (
+        f"targets: all met by {met.all:.1%} of requests, TTFT by {met.ttft:.1%}, TPOT by {met.tpot:.1%}; "
+        f"goodput {met.goodput_per_s:,.2f} requests/s"
+    )
+    cached = "" if tokens.hit_share is None else f", {tokens.hit_share:.1%} of them cached"
+    yield (
+        f"tokens: {tokens.prompt:,} in{cached}, {tokens.output:,} out in {tokens.per_event:.2f} per event; "
+        f"the generator was busy for {report.generated.busy:.0%} of a core"
+    )
+
+
+# What is to be asked
+
+
+def plan_of(load: LoadSettings, prompts: PromptSettings, targets: LoadTargetSettings) -> Plan:
+    """Raises SetupError."""
+    is_named = prompts.trace is not None or bool(prompts.workload)
+    levels = levels_of(load, is_named)
+    seed = clock.chance().randrange(1 << 31) if load.seed is None else load.seed
+    for flag, count in (("--requests", load.requests), ("--prefixes", prompts.prefixes)):
+        if count is not None and count < 1:
+            raise SetupError(f"{flag} {count} must be 1 or more")
+    for flag, count in (("--warmup", load.warmup), ("--prefix-tokens", prompts.prefix_tokens)):
+        if count < 0:
+            raise SetupError(f"{flag} {count} cannot be negative")
+    duration_s = None if load.duration_s is None else positive("--duration-s", load.duration_s)
+    if not is_named and load.requests is None:
+        duration_s = duration_s or DEFAULT_DURATION_S
+    workload, name, most = named_workload(prompts) if is_named else (*made_workload(load, prompts), None)
+    end_to_end_s = None if targets.slo_e2e is None else positive("--slo-e2e", targets.slo_e2e)
+    return Plan(
+        levels=levels,
+        workload=workload,
+        name=name + prefix_name(prompts),
+        requests=load.requests,
+        most=min((limit for limit in (load.requests, most) if limit is not None), default=None),
+        duration_s=duration_s,
+        warmup=load.warmup,
+        seed=seed,
+        prefix=Prefix(prompts.prefix_tokens, prompts.prefixes),
+        slo=Slo(positive("--slo-ttft", targets.slo_ttft), positive("--slo-itl", targets.slo_itl), end_to_end_s),
+    )
+
+
+def levels_of(load: LoadSettings, is_named: bool) -> tuple[Level, ...]:
+    """Raises SetupError for two kinds of load, and for one that does not fit what is asked."""
+    given = {"rate": load.rate, "concurrency": load.concurrency, "speed": load.speed}
+    kinds = [kind for kind, texts in given.items() if texts]
+    if len(kinds) > 1:
+        raise SetupError(f"--{kinds[0]} and --{kinds[1]} are two kinds of load: give one of them")
+    if not kinds:
+        return (Level("speed", 1.0),) if is_named else (Level("concurrency", DEFAULT_CONCURRENCY),)
+    (kind,) = kinds
+    if kind == "rate" and is_named:
+        raise SetupError("--rate is for prompts of --isl; a trace or workload has its own times: use --speed")
+    if kind == "speed" and not is_named:
+        raise SetupError("--speed is for a --trace or --workload: use --rate")
+    values = [number(f"--{kind}", text) for text in listed(f"--{kind}", given[kind])]
+    if kind == "concurrency" and any(value != int(value) for value in values):
+        raise SetupError(f"--concurrency {','.join(given[kind])} must be whole numbers")
+    return tuple(Level(kind, value) for value in dict.fromkeys(values))
+
+
+def number(flag: str, text: str) -> float:
+    try:
+        return positive(flag, float(text))
+    except ValueError:
+        raise SetupError(f"{flag} {text} is no number: write one or more, such as 1,2,4") from None
+
+
+def made_workload(load: LoadSettings, prompts: PromptSettings) -> tuple[Callable[[Level, int], Workload], str]:
+    """Sessions of given lengths, and what to call them. Raises SetupError."""
+    if prompts.max_isl is not None or prompts.max_osl is not None:
+        raise SetupError("--max-isl and --max-osl are for a --trace or --workload: set --isl and --osl")
+    for flag, cv in (("--isl-cv", prompts.isl_cv), ("--osl-cv", prompts.osl_cv), ("--pause-s", prompts.pause_s)):
+        if not 0 <= cv < float("inf"):
+            raise SetupError(f"{flag} {cv:g} must be 0 or more")
+    shape = Shape(
+        first_tokens=Spread(at_least_one("--isl", prompts.isl), prompts.isl_cv),
+        output_tokens=Spread(at_least_one("--osl", prompts.osl), prompts.osl_cv),
+        turns=Spread(at_least_one("--turns", prompts.turns), TURNS_CV if prompts.turns > 1 else 0.0),
+        later_tokens=Spread(at_least_one("--turn-tokens", prompts.turn_tokens), prompts.isl_cv),
+        pause_s=Spread(prompts.pause_s, 1.0) if prompts.pause_s else Spread(0.0),
+    )
+    arrivals = arrivals_of(load)
+    name = f"ISL {prompts.isl:g}, OSL {prompts.osl:g}"
+    if prompts.turns > 1:
+        name += f", {prompts.turns:g} turns of {prompts.turn_tokens:g}"
+    return lambda level, seed: generated(arrivals(level.value), shape, seed), name
+
+
+def at_least_one(flag: str, mean: float) -> float:
+    if not 1 <= mean < float("inf"):
+        raise SetupError(f"{flag} {mean:g} must be 1 or more")
+    return mean
+
+
+def arrivals_of(load: LoadSettings) -> Callable[[float], Arrivals]:
+    """By rate; where there is none, times do not matter. Raises SetupError."""
+    positive("--burstiness", load.burstiness)
+    if load.arrivals == "constant":
+        if load.burstiness != 1:
+            raise SetupError("--burstiness is for --arrivals poisson: constant ones have none")
+        return Constant
+    if load.burstiness == 1:
+        return Poisson
+    return lambda per_s: Gamma(per_s, load.burstiness**-0.5)
+
+
+def named_workload(prompts: PromptSettings) -> tuple[Callable[[Level, int], Workload], str, int]:
+    """A trace or a kind of workload, its name and its requests. All are read, mistakes found. Raises SetupError."""
+    if prompts.trace is not None and prompts.workload:
+        raise SetupError("--trace and --workload are two workloads: name one")
+    name = str(prompts.trace or prompts.workload)
+    most = (prompts.max_isl or 1 << 31, prompts.max_osl or 1 << 31)
+    if min(most) < 1:
+        raise SetupError("--max-isl and --max-osl must be 1 or more")
+    workload = named.find(name).truncated(*most)
+    if not (requests := sum(len(session.turns) for session in workload)):
+        raise SetupError(f"{name} has no requests")
+    return lambda level, seed: workload.faster(level.value) if level.load == "speed" else workload, name, requests
+
+
+def prefix_name(prompts: PromptSettings) -> str:
+    if not prompts.prefix_tokens:
+        return ""
+    return f" after {prompts.prefix_tokens:,} shared" + f" of {prompts.prefixes}" * (prompts.prefixes > 1)
+
+
+def fields_of(body: str) -> Mapping[str, object]:
+    """Raises SetupError for what is no JSON object."""
+    try:
+        return msgspec.json.decode(body or "{}", type=dict[str, object])
+    except msgspec.DecodeError as error:
+        raise SetupError(f"--body {body} is no JSON object: {error}") from None
+
+
+# Asking
+
+
+async def asking_of(http: Http, asked: EndpointSettings, plan: Plan, more: Mapping[str, object]) -> Asking:
+    """How the server wants to be asked, found out by asking. Raises SetupError if it does not answer."""
+    model = await find_model(http, asked.model)
+    asking = Asking(
+        model=model,
+        endpoint=asked.endpoint,
+        prompts=Prompts(asked.endpoint, None, plan.prefix, ""),
+        timeout_s=asked.timeout_s,
+        has_ignore_eos=asked.ignore_eos,
+        more=more,
+    )
+    words = None
+    if asked.tokenizer is not None:
+        words = await words_of_tokenizer(asked.tokenizer, count_tokens(http, asking))
+    elif asked.endpoint == "chat":
+        words = await words_of_server(count_tokens(http, asking))
+    return replace(asking, prompts=replace(asking.prompts, words=words))
+
+
+async def measure_all(http: Http, asking: Asking, plan: Plan, url: str) -> list[Report]:
+    """A report for each level; a signal ends the sweep, and what was measured of its last level counts."""
+    stop = process.stop_requested()
+    reports: list[Report] = []
+    with progress(f"asking {asking.model}" + f" x {len(plan.levels)}" * (len(plan.levels) > 1)) as on_progress:
+        if plan.warmup:
+            warmup = replace(plan, requests=plan.warmup, duration_s=None)
+            await measure(http, asking, warmup, WARMUP, "warm-up", stop, lambda share: None)
+        for place, level in enumerate(plan.levels):
+            if stop.is_set():
+                break
+            part = partial(tell_part, on_progress, place, len(plan.levels))
+            recorder = await measure(http, asking, plan, level, f"{level.load} {level.value}", stop, part)
+            reports.append(summarize(recorder, cell_of(asking, plan, level, url), plan.slo))
+    return [report for report in reports if report.requests]
+
+
+def tell_part(on_progress: OnProgress, place: int, parts: int, share: float) -> None:
+    """So much is done of one of several parts."""
+    on_progress((place + min(1.0, share)) / parts)
+
+
+async def measure(
+    http: Http, asking: Asking, plan: Plan, level: Level, salt: str, stop: asyncio.Event, on_progress: OnProgress
+) -> Recorder:
+    """What clients saw at one level, until its end or `stop`."""
+    recorder, begun_s, cpu_s = Recorder(), clock.now(), clock.cpu_s()
+    ended = 0
+
+    def on_end() -> None:
+        nonlocal ended
+        ended += 1
+        on_progress(max(ended / (plan.most or math.inf), (clock.now() - begun_s) / (plan.duration_s or math.inf)))
+
+    own = replace(asking, prompts=replace(asking.prompts, salt=f"{salt} {plan.seed}"))
+    generator = Generator(http, own, recorder, on_end)
+    sessions = plan.sessions(level, salt)
+    if level.load == "concurrency":
+        work = generator.closed(sessions, int(level.value), plan.duration_s)
+    else:
+        work = generator.open(sessions, plan.duration_s)
+    await until(stop, work)
+    recorder.cpu_s = clock.cpu_s() - cpu_s
+    return recorder
+
+
+async def until(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
+    """Runs `work` to its end, or until `stop` is set. Raises what it raises."""
+    async with asyncio.TaskGroup() as group:
+        doing, stopping = group.create_task(work), group.create_task(stop.wait())
+        await asyncio.wait((doing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        doing.cancel()
+        stopping.cancel()
+
+
+def cell_of(asking: Asking, plan: Plan, level: Level, url: str) -> Cell:
+    words = asking.prompts.words
+    spelling = "token ids" if words is None else f"words of {min(words.costs)} to {max(words.costs)} tokens"
+    return Cell(
+        url=url,
+        model=asking.model,
+        endpoint=asking.endpoint,
+        workload=plan.name,
+        prompts="words of one token" if words is not None and set(words.costs) == {1} else spelling,
+        load=level.load,
+        level=level.value,
+        seed=plan.seed,
+    )
