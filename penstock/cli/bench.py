@@ -278,10 +278,10 @@ def named_workload(prompts: PromptSettings) -> tuple[Callable[[Level, int], Work
     if prompts.trace is not None and prompts.workload:
         raise SetupError("--trace and --workload are two workloads: name one")
     name = str(prompts.trace or prompts.workload)
-    most = (prompts.max_isl or 1 << 31, prompts.max_osl or 1 << 31)
-    if min(most) < 1:
+    limits = [1 << 31 if limit is None else limit for limit in (prompts.max_isl, prompts.max_osl)]
+    if min(limits) < 1:
         raise SetupError("--max-isl and --max-osl must be 1 or more")
-    workload = named.find(name).truncated(*most)
+    workload = named.find(name).truncated(*limits)
     if not (requests := sum(len(session.turns) for session in workload)):
         raise SetupError(f"{name} has no requests")
     return lambda level, seed: workload.faster(level.value) if level.load == "speed" else workload, name, requests

@@ -105,7 +105,10 @@ async def words_of_tokenizer(folder: Path, count: CountTokens) -> Words:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise SetupError(f"--tokenizer: there is no {file}: name the folder of the model that the server serves")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # of no other class
+        raise SetupError(f"--tokenizer: {file} cannot be read: {error}") from error
 
     def tokens_of(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
