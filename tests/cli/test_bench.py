@@ -164,7 +164,7 @@ def test_one_measurement_is_told_in_full() -> None:
         "TTFT, ms",
         "p99",
         "500.00",
-        "100.00",
+        "50.00",
         "30 of 30 requests ended well in 3.6 s",
         "50.0% of them cached",
     ):
