@@ -19,7 +19,7 @@ from penstock.clock import now
 from penstock.load.answer import Answer, refusal
 from penstock.load.http import Http, NoReply
 from penstock.load.prompts import Endpoint, Prompts, encode, path
-from penstock.load.record import Recorder
+from penstock.load.record import UNKNOWN, Recorder
 from penstock.workloads.workload import Session, Turn, Workload, start_each
 
 
@@ -99,7 +99,8 @@ class Generator:
             answer = await self._ask(turn, body, due_s, keeps_text=len(session.turns) > 1)
             if answer is None:
                 return
-            talk.hear(answer.text, turn.output_tokens)
+            told = answer.usage.output_tokens
+            talk.hear(answer.text, turn.output_tokens if told == UNKNOWN else told)
 
     async def _ask(self, turn: Turn, body: bytes, due_s: float | None, keeps_text: bool) -> Answer | None:
         """The answer, if it is whole."""
