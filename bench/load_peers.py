@@ -25,7 +25,7 @@ from report import Row, emit
 import penstock
 
 MODEL = Path(penstock.__file__).parent / "models" / "demo"
-ENGINE = {"step_s": 0.01, "most_steps": 1, "first_token": 300}  # 10 ms a step, each of them sent by itself
+ENGINE = {"step_s": 0.025, "most_steps": 1, "first_token": 300}  # 25 ms a step, each of them sent by itself
 ISL, OSL = 512, 64
 Figures = dict[str, float]  # by name, in units that are in the name
 
@@ -41,10 +41,10 @@ class Case:
 
 
 CASES = (
-    Case("8 at a time", 64, ("--concurrency", "8"), ("--concurrency", "8")),
+    Case("8 at a time", 48, ("--concurrency", "8"), ("--concurrency", "8")),
     Case(
-        *("6 a second, evenly", 48, ("--rate", "6", "--arrivals", "constant")),
-        ("--request-rate", "6", "--arrival-pattern", "constant"),
+        *("3 a second, evenly", 36, ("--rate", "3", "--arrivals", "constant")),
+        ("--request-rate", "3", "--arrival-pattern", "constant"),
     ),
 )
 

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import msgspec
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from penstock import clock
 from penstock.cli import process
+from penstock.cli.load_plan import Level, Plan, fields_of, plan_of
 from penstock.cli.output import (
     STANDARD_OUTPUT,
     OnProgress,
     as_json,
     check_writable,
-    listed,
     positive,
     print_table,
     progress,
@@ -37,52 +36,12 @@ from penstock.load.columns import COLUMNS
 from penstock.load.generator import Asking, Generator
 from penstock.load.http import Http
 from penstock.load.page import heading, page, rows
-from penstock.load.prompts import Prefix, Prompts, words_of_server, words_of_tokenizer
+from penstock.load.prompts import Prompts, words_of_server, words_of_tokenizer
 from penstock.load.record import Recorder
-from penstock.load.report import Cell, Report, Slo, complaints, summarize
+from penstock.load.report import Cell, Report, complaints, summarize
 from penstock.load.server import count_tokens, find_model
-from penstock.workloads import named
-from penstock.workloads.generated import Arrivals, Constant, Gamma, Poisson, Shape, Spread, generated
-from penstock.workloads.workload import Workload
-
-DEFAULT_CONCURRENCY = 8
-DEFAULT_DURATION_S = 20.0
-TURNS_CV = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One place in a sweep: `load` is what `value` is of, "rate", "concurrency" or "speed"."""
-
-    load: str
-    value: float
-
 
 WARMUP = Level("concurrency", 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured, at each of `levels`. A measurement ends after `requests` or `duration_s`, what comes first.
-
-    There are no more than `most` requests, if that is known.
-    """
-
-    levels: tuple[Level, ...]
-    workload: Callable[[Level, int], Workload]  # at this level, with this seed
-    name: str
-    requests: int | None
-    most: int | None
-    duration_s: float | None
-    warmup: int
-    seed: int
-    prefix: Prefix
-    slo: Slo
-
-    def sessions(self, level: Level, salt: str) -> Workload:
-        """Other salts, other text: a server has nothing of one measurement in its cache when the next one begins."""
-        workload = self.workload(level, self.seed).apart(f"{salt} {self.seed}")
-        return workload if self.requests is None else workload.of_requests(self.requests)
 
 
 async def bench(
@@ -173,132 +132,6 @@ def facts(report: Report) -> Iterator[str]:
         f"tokens: {tokens.prompt:,} in{cached}, {tokens.output:,} out in {tokens.per_event:.2f} per event; "
         f"the generator was busy for {report.generated.busy:.0%} of a core"
     )
-
-
-# What is to be asked
-
-
-def plan_of(load: LoadSettings, prompts: PromptSettings, targets: LoadTargetSettings) -> Plan:
-    """Raises SetupError."""
-    is_named = prompts.trace is not None or bool(prompts.workload)
-    levels = levels_of(load, is_named)
-    seed = clock.chance().randrange(1 << 31) if load.seed is None else load.seed
-    for flag, count in (("--requests", load.requests), ("--prefixes", prompts.prefixes)):
-        if count is not None and count < 1:
-            raise SetupError(f"{flag} {count} must be 1 or more")
-    for flag, count in (("--warmup", load.warmup), ("--prefix-tokens", prompts.prefix_tokens)):
-        if count < 0:
-            raise SetupError(f"{flag} {count} cannot be negative")
-    duration_s = None if load.duration_s is None else positive("--duration-s", load.duration_s)
-    if not is_named and load.requests is None:
-        duration_s = duration_s or DEFAULT_DURATION_S
-    workload, name, most = named_workload(prompts) if is_named else (*made_workload(load, prompts), None)
-    end_to_end_s = None if targets.slo_e2e is None else positive("--slo-e2e", targets.slo_e2e)
-    return Plan(
-        levels=levels,
-        workload=workload,
-        name=name + prefix_name(prompts),
-        requests=load.requests,
-        most=min((limit for limit in (load.requests, most) if limit is not None), default=None),
-        duration_s=duration_s,
-        warmup=load.warmup,
-        seed=seed,
-        prefix=Prefix(prompts.prefix_tokens, prompts.prefixes),
-        slo=Slo(positive("--slo-ttft", targets.slo_ttft), positive("--slo-itl", targets.slo_itl), end_to_end_s),
-    )
-
-
-def levels_of(load: LoadSettings, is_named: bool) -> tuple[Level, ...]:
-    """Raises SetupError for two kinds of load, and for one that does not fit what is asked."""
-    given = {"rate": load.rate, "concurrency": load.concurrency, "speed": load.speed}
-    kinds = [kind for kind, texts in given.items() if texts]
-    if len(kinds) > 1:
-        raise SetupError(f"--{kinds[0]} and --{kinds[1]} are two kinds of load: give one of them")
-    if not kinds:
-        return (Level("speed", 1.0),) if is_named else (Level("concurrency", DEFAULT_CONCURRENCY),)
-    (kind,) = kinds
-    if kind == "rate" and is_named:
-        raise SetupError("--rate is for prompts of --isl; a trace or workload has its own times: use --speed")
-    if kind == "speed" and not is_named:
-        raise SetupError("--speed is for a --trace or --workload: use --rate")
-    values = [number(f"--{kind}", text) for text in listed(f"--{kind}", given[kind])]
-    if kind == "concurrency" and any(value != int(value) for value in values):
-        raise SetupError(f"--concurrency {','.join(given[kind])} must be whole numbers")
-    return tuple(Level(kind, value) for value in dict.fromkeys(values))
-
-
-def number(flag: str, text: str) -> float:
-    try:
-        return positive(flag, float(text))
-    except ValueError:
-        raise SetupError(f"{flag} {text} is no number: write one or more, such as 1,2,4") from None
-
-
-def made_workload(load: LoadSettings, prompts: PromptSettings) -> tuple[Callable[[Level, int], Workload], str]:
-    """Sessions of given lengths, and what to call them. Raises SetupError."""
-    if prompts.max_isl is not None or prompts.max_osl is not None:
-        raise SetupError("--max-isl and --max-osl are for a --trace or --workload: set --isl and --osl")
-    for flag, cv in (("--isl-cv", prompts.isl_cv), ("--osl-cv", prompts.osl_cv), ("--pause-s", prompts.pause_s)):
-        if not 0 <= cv < float("inf"):
-            raise SetupError(f"{flag} {cv:g} must be 0 or more")
-    shape = Shape(
-        first_tokens=Spread(at_least_one("--isl", prompts.isl), prompts.isl_cv),
-        output_tokens=Spread(at_least_one("--osl", prompts.osl), prompts.osl_cv),
-        turns=Spread(at_least_one("--turns", prompts.turns), TURNS_CV if prompts.turns > 1 else 0.0),
-        later_tokens=Spread(at_least_one("--turn-tokens", prompts.turn_tokens), prompts.isl_cv),
-        pause_s=Spread(prompts.pause_s, 1.0) if prompts.pause_s else Spread(0.0),
-    )
-    arrivals = arrivals_of(load)
-    name = f"ISL {prompts.isl:g}, OSL {prompts.osl:g}"
-    if prompts.turns > 1:
-        name += f", {prompts.turns:g} turns of {prompts.turn_tokens:g}"
-    return lambda level, seed: generated(arrivals(level.value), shape, seed), name
-
-
-def at_least_one(flag: str, mean: float) -> float:
-    if not 1 <= mean < float("inf"):
-        raise SetupError(f"{flag} {mean:g} must be 1 or more")
-    return mean
-
-
-def arrivals_of(load: LoadSettings) -> Callable[[float], Arrivals]:
-    """By rate; where there is none, times do not matter. Raises SetupError."""
-    positive("--burstiness", load.burstiness)
-    if load.arrivals == "constant":
-        if load.burstiness != 1:
-            raise SetupError("--burstiness is for --arrivals poisson: constant ones have none")
-        return Constant
-    if load.burstiness == 1:
-        return Poisson
-    return lambda per_s: Gamma(per_s, load.burstiness**-0.5)
-
-
-def named_workload(prompts: PromptSettings) -> tuple[Callable[[Level, int], Workload], str, int]:
-    """A trace or a kind of workload, its name and its requests. All are read, mistakes found. Raises SetupError."""
-    if prompts.trace is not None and prompts.workload:
-        raise SetupError("--trace and --workload are two workloads: name one")
-    name = str(prompts.trace or prompts.workload)
-    limits = [1 << 31 if limit is None else limit for limit in (prompts.max_isl, prompts.max_osl)]
-    if min(limits) < 1:
-        raise SetupError("--max-isl and --max-osl must be 1 or more")
-    workload = named.find(name).truncated(*limits)
-    if not (requests := sum(len(session.turns) for session in workload)):
-        raise SetupError(f"{name} has no requests")
-    return lambda level, seed: workload.faster(level.value) if level.load == "speed" else workload, name, requests
-
-
-def prefix_name(prompts: PromptSettings) -> str:
-    if not prompts.prefix_tokens:
-        return ""
-    return f" after {prompts.prefix_tokens:,} shared" + f" of {prompts.prefixes}" * (prompts.prefixes > 1)
-
-
-def fields_of(body: str) -> Mapping[str, object]:
-    """Raises SetupError for what is no JSON object."""
-    try:
-        return msgspec.json.decode(body or "{}", type=dict[str, object])
-    except msgspec.DecodeError as error:
-        raise SetupError(f"--body {body} is no JSON object: {error}") from None
 
 
 # Asking

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from penstock.cli import main
-from penstock.cli.bench import Level, Plan, plan_of, show
+from penstock.cli.bench import show
+from penstock.cli.load_plan import Level, Plan, plan_of
 from penstock.config import LoadSettings, LoadTargetSettings, PromptSettings
 from penstock.load.prompts import Prefix
 from penstock.load.record import Usage
@@ -116,19 +117,23 @@ REFUSED = {
     "--workload chatt": "did you mean 'chat'?",
     "--workload chat --trace here.jsonl": "name one",
     "--trace here.jsonl": "here.jsonl",
-    "--workload chat --max-isl 0": "--max-isl and --max-osl must be 1 or more",
-    "--max-osl 3": "set --isl and --osl",
+    "--workload chat --max-isl 0": "--max-isl 0 must be 1 or more",
+    "--max-osl 3": "--max-osl is for a --trace or --workload",
     "--isl 0": "--isl 0 must be 1 or more",
     "--turns nan": "--turns nan must be 1 or more",
     "--osl-cv -1": "--osl-cv -1 must be 0 or more",
     "--requests 0": "--requests 0 must be 1 or more",
     "--prefixes 0": "--prefixes 0 must be 1 or more",
-    "--warmup -1": "--warmup -1 cannot be negative",
-    "--prefix-tokens -1": "--prefix-tokens -1 cannot be negative",
+    "--warmup -1": "--warmup -1 must be 0 or more",
+    "--prefix-tokens -1": "--prefix-tokens -1 must be 0 or more",
     "--duration-s 0": "--duration-s 0 must be above 0",
     "--timeout-s 0": "--timeout-s 0 must be above 0",
-    "--arrivals constant --burstiness 2": "constant ones have none",
+    "--rate 1 --arrivals constant --burstiness 2": "--burstiness is for --arrivals poisson",
+    "--concurrency 1 --burstiness 2": "--burstiness is for --rate",
     "--burstiness 0": "--burstiness 0 must be above 0",
+    "--workload chat --isl 9": "--isl is for prompts that are made up",
+    "--turn-tokens 9": "--turn-tokens is for --turns above 1",
+    "--prefixes 2": "--prefixes is for --prefix-tokens",
     "--slo-e2e 0": "--slo-e2e 0 must be above 0",
     "--body [1]": "--body [1] is no JSON object",
     "--json /no/such/folder/all.json": "cannot write /no/such/folder/all.json",
