@@ -39,9 +39,11 @@ from penstock.load.page import heading, page, rows
 from penstock.load.prompts import Prompts, words_of_server, words_of_tokenizer
 from penstock.load.record import Recorder
 from penstock.load.report import Cell, Report, complaints, summarize
-from penstock.load.server import count_tokens, find_model
+from penstock.load.server import count_tokens, find_model, try_once
+from penstock.workloads.workload import Turn
 
 WARMUP = Level("concurrency", 8)
+FIRST = Turn(8, range(1), 1)  # what a server is asked first
 
 
 async def bench(
@@ -149,10 +151,13 @@ async def asking_of(http: Http, asked: EndpointSettings, plan: Plan, more: Mappi
         more=more,
     )
     words = None
+    count = count_tokens(http, asking)
     if asked.tokenizer is not None:
-        words = await words_of_tokenizer(asked.tokenizer, count_tokens(http, asking))
+        words = await words_of_tokenizer(asked.tokenizer, count)
     elif asked.endpoint == "chat":
-        words = await words_of_server(count_tokens(http, asking))
+        words = await words_of_server(count)
+    else:
+        await try_once(http, asking, asking.prompts.talk(0).say(FIRST))
     return replace(asking, prompts=replace(asking.prompts, words=words))
 
 

@@ -1,8 +1,9 @@
-"""What a server tells of itself before it is put under load: its model, and how many tokens a text is."""
+"""What a server tells of itself before it is put under load: its model, whether it answers, how it counts tokens."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import msgspec
 
@@ -47,17 +48,26 @@ def count_tokens(http: Http, asking: Asking) -> CountTokens:
     """Has the server count prompts, with a request for one token each, which raises SetupError where that fails."""
 
     async def count(text: str) -> int:
-        answer = Answer(lambda at_s: None)
-        asked = asking.body(counting(asking.endpoint, text), 1)
-        reply = await _ask(http, "POST", path(asking.endpoint), asked, answer.feed)
-        if reply.status != 200:
-            raise SetupError(_refused(reply, path(asking.endpoint)))
+        answer = await try_once(http, asking, counting(asking.endpoint, text))
         if answer.usage.prompt_tokens == UNKNOWN:
-            why = answer.error or "its streams have no usage"
-            raise SetupError(f"the server does not count a prompt's tokens ({why}): use --endpoint completions")
+            raise SetupError("the server counts no tokens, its streams have no usage: use --endpoint completions")
         return answer.usage.prompt_tokens
 
     return count
+
+
+async def try_once(http: Http, asking: Asking, prompt: Mapping[str, object]) -> Answer:
+    """The answer to a request like those to come, for one token. Raises SetupError if there is none, and says why."""
+    answer = Answer(lambda at_s: None)
+    where = path(asking.endpoint)
+    reply = await _ask(http, "POST", where, asking.body(prompt, 1), answer.feed)
+    if reply.status != 200:
+        raise SetupError(
+            f"{_refused(reply, where)}: --endpoint, --tokenizer, --no-ignore-eos and --body change what it is asked"
+        )
+    if answer.error:
+        raise SetupError(f"the server answers {where} with 200 and no stream of OpenAI's ({answer.error})")
+    return answer
 
 
 async def _ask(http: Http, method: str, path: str, body: bytes, sink: Sink) -> Reply:

@@ -212,10 +212,12 @@ def test_tokens_are_counted_by_the_server() -> None:
 @pytest.mark.parametrize(
     ("steps", "why"),
     [
-        ([whole(400, {"error": {"message": "no such field"}})], r"with HTTP 400 \(no such field\)"),
+        ([whole(400, {"error": {"message": "no such field"}})], r"with HTTP 400 \(no such field\): --endpoint, "),
         (streamed(token(), b"data: [DONE]\n\n"), "its streams have no usage"),
+        ([whole(200, {"choices": []})], r"no stream of OpenAI's \(stream ended without \[DONE\]\)"),
+        ([None], "no server answers at http"),
     ],
 )
-def test_a_server_that_counts_nothing(steps: Sequence[Step], why: str) -> None:
+def test_a_server_that_cannot_be_measured(steps: Sequence[Step], why: str) -> None:
     with pytest.raises(SetupError, match=why):
         run(counted(steps))
