@@ -233,8 +233,7 @@ class Frontend:
     async def _generate(self, exchange: Exchange, dialect: Dialect) -> None:
         arrived_s = now()
         with self._admitted():
-            async with asyncio.timeout(self._options.timeout_s):
-                body = await exchange.read_body(self._options.body_bytes)
+            body = await exchange.read_body(self._options.body_bytes)
             answer = self._understand(exchange, dialect, body, arrived_s)
             try:
                 async with asyncio.TaskGroup() as group:

@@ -213,7 +213,7 @@ class Client:
             "method": method,
             "path": path,
             "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
-            "extensions": {"penstock.abort": {"abort": self._abort}},
+            "extensions": {"penstock.connection": {"abort": self._abort}},
         }
         await self.app(scope, receive, self._send)
         return self
