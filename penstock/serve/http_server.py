@@ -161,8 +161,9 @@ class _Connection(HttpToolsProtocol):
             self._wait_for_request()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """True keeps the other direction open."""
-        if self._phase != "idle" or self._is_answered or self.cycle.scope["http_version"] != "1.1":
+        """True keeps the other direction open; else the client is taken for gone."""
+        running = self._running
+        if self._phase != "idle" or self._is_answered or running is None or not _filler(running):
             return None
         self.cycle.keep_alive = False  # the last of its requests
         self._probe_client(FIRST_PROBE_S)
@@ -284,9 +285,9 @@ def _disconnect(cycle: RequestResponseCycle) -> None:
 
 
 def _filler(cycle: RequestResponseCycle) -> bytes:
-    """What a client skips; nothing in a response that has no room for it."""
+    """What a client skips; nothing for old clients, and in a response that has no room for it."""
     if not cycle.response_started:
-        return _CONTINUE
+        return _CONTINUE if cycle.scope["http_version"] == "1.1" else b""
     filler = cast(bytes, cycle.scope["extensions"][CONNECTION].get("filler", b""))
     return b"%x\r\n%b\r\n" % (len(filler), filler) if filler else b""
 
