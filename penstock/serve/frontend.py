@@ -6,7 +6,7 @@ A request is one coroutine. It holds the backend's stream in an `async with`, so
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
     GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
-    GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
+    GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /openapi.json  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
 what happened to the request, and why it was routed so, under /debug/requests/. `x-penstock-timeline: 1`, or
@@ -46,7 +46,7 @@ from penstock.errors import (
     WorkerDraining,
 )
 from penstock.request import Constraints, Finish, Request, Timeline, Token
-from penstock.serve import openai
+from penstock.serve import openai, openapi
 from penstock.serve.answer import Answer, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
@@ -156,6 +156,7 @@ class Frontend:
             "/ready": ("GET", self._show_ready),
             "/metrics": ("GET", self._show_metrics),
             "/debug/requests": ("GET", self._list_records),
+            "/openapi.json": ("GET", self._describe),
         }
         self._prefix_routes: dict[str, tuple[str, Handler]] = {
             "/v1/models/": ("GET", self._show_model),
@@ -200,6 +201,10 @@ class Frontend:
     @property
     def _is_draining(self) -> bool:
         return self._closes_s < math.inf
+
+    def routes(self) -> dict[str, str]:
+        """The method of each path; what ends in / goes on with a name."""
+        return {path: method for path, (method, _) in {**self._routes, **self._prefix_routes}.items()}
 
     async def _live(self, receive: Receive, send: Send) -> None:
         """ASGI's lifespan, for servers other than `http_server`."""
@@ -444,6 +449,9 @@ class Frontend:
             self.metrics, backend.standings(), backend.stalled(), backend.index_metrics(), self._pulse.delay_p99_s
         )
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
+
+    async def _describe(self, exchange: Exchange) -> None:
+        await exchange.respond(200, openapi.body())
 
     async def _show_hints(self, exchange: Exchange) -> None:
         paths = "".join(f"  {method:4} {path}\n" for path, (method, _) in self._routes.items())

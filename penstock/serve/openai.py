@@ -87,6 +87,13 @@ def output_budget(prompt_tokens: int, asked: int | None, default: int | None, co
 _Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 _TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=512)]
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+# What is parsed in a second step, so that an error can say where it is wrong. `openapi` describes it by SHAPES.
+_RawMessage = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})]
+_RawPart = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/TextPart"})]
+_RawPrompt = Annotated[object, Meta(extra_json_schema={"type": ["integer", "string", "array"]})]
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,25 +126,25 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class _ChatBody(_Body):
-    messages: Annotated[list[dict[str, object]], Meta(min_length=1)]
+    messages: Annotated[list[_RawMessage], Meta(min_length=1)]
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
 class _CompletionBody(_Body):
-    prompt: Annotated[str, Meta(min_length=1)] | Annotated[list[object], Meta(min_length=1)]
+    prompt: Annotated[str, Meta(min_length=1)] | Annotated[list[_RawPrompt], Meta(min_length=1)]
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str | list[dict[str, object]]
+    role: Annotated[str, Meta(extra_json_schema={"enum": [*_ROLES]})]
+    content: str | list[_RawPart]
     name: str | None = None
 
 
 class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str
 
 
@@ -178,7 +185,13 @@ _IDLE_MESSAGE_FIELDS: dict[str, tuple[object, ...]] = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# What `openapi` describes: the structs that requests are parsed with, and the fields that each takes besides.
+SHAPES: dict[type[msgspec.Struct], Mapping[str, tuple[object, ...]]] = {
+    _ChatBody: _IDLE_FIELDS,
+    _CompletionBody: _IDLE_FIELDS,
+    _Message: _IDLE_MESSAGE_FIELDS,
+    _TextPart: {},
+}
 
 
 def parse_chat(body: bytes) -> Ask:
@@ -398,6 +411,7 @@ class Dialect:
     id_prefix: str
     kind: str  # what OpenAI calls the "object"
     chunk_kind: str
+    body: type[msgspec.Struct]  # of a request, as it is described
     parse: Callable[[bytes], Ask]
     choice: tuple[bytes, bytes]
     chunk_choice: tuple[bytes, bytes]
@@ -554,6 +568,7 @@ CHAT = Dialect(
     id_prefix="chatcmpl-",
     kind="chat.completion",
     chunk_kind="chat.completion.chunk",
+    body=_ChatBody,
     parse=parse_chat,
     choice=(b'"message":{"role":"assistant","content":', b',"refusal":null}'),
     chunk_choice=(b'"delta":{"content":', b"}"),
@@ -567,6 +582,7 @@ COMPLETIONS = Dialect(
     id_prefix="cmpl-",
     kind="text_completion",
     chunk_kind="text_completion",
+    body=_CompletionBody,
     parse=parse_completion,
     choice=(b'"text":', b""),
     chunk_choice=(b'"text":', b""),
