@@ -53,6 +53,9 @@ from penstock.serve.http import Exchange, Receive, Scope, Send
 from penstock.serve.keys import Keys
 from penstock.serve.openai import Ask, Dialect, Heading
 from penstock.serve.pulse import Pulse
+from penstock.serve.rpc import Call
+from penstock.serve.rpc import Handler as RpcHandler
+from penstock.serve.siblings import Siblings
 from penstock.serve.text import Tokenizer
 from penstock.serve.wishes import constraints_of, timeout_of
 from penstock.tokens import pack
@@ -122,7 +125,7 @@ OPEN_PATHS = ("/health", "/live", "/ready")  # probes have no key
 
 
 class Frontend:
-    """An ASGI application, used as `async with`."""
+    """An ASGI application, used as `async with`. With `siblings`, its `methods` are what these may ask of it."""
 
     def __init__(
         self,
@@ -131,8 +134,10 @@ class Frontend:
         rng: Random,
         options: FrontendOptions = FrontendOptions(),
         measured: metrics.Metrics | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self.metrics = measured or metrics.Metrics()
+        self._siblings = siblings
         self._backend = backend
         self._tokenizers = tokenizers
         self._rng = rng
@@ -391,22 +396,36 @@ class Frontend:
             self._records.popitem(last=False)
 
     async def _list_records(self, exchange: Exchange) -> None:
-        """The last ones, the newest first."""
-        records = {record.id: record for record in reversed(self._records.values())}
-        shown = [_head(record) for record in islice(records.values(), LISTED)]
+        """The last ones, the newest first; of several processes to the second."""
+        shown = self._heads()
+        if self._siblings is not None:
+            shown = sorted([*shown, *await self._siblings.heads()], key=_created, reverse=True)[:LISTED]
         await exchange.respond(200, msgspec.json.encode({"requests": shown}))
+
+    def _heads(self) -> list[dict[str, object]]:
+        records = {record.id: record for record in reversed(self._records.values())}
+        return [_head(record) for record in islice(records.values(), LISTED)]
 
     async def _show_record(self, exchange: Exchange) -> None:
         name = _without_prefix(exchange.path.removeprefix("/debug/requests/"))
+        shown = self._find_record(name)
+        if shown is None and self._siblings is not None:
+            shown = await self._siblings.find_record(name)
+        if shown is None:
+            raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
+        await exchange.respond(200, shown)
+
+    def _find_record(self, name: str) -> bytes | None:
+        """In JSON, of a request that this process had."""
         record = self._records.get(name)
         if record is None:
-            raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
+            return None
         fields = msgspec.structs.asdict(record)
         fields["decisions"] = decisions = self._backend.decisions(_without_prefix(record.id))
         if (timeline := record.timeline) is not None:
             fields["timeline"] = msgspec.structs.asdict(timeline)
             fields["compared"] = [part for one in decisions if one.gave_first_token for part in compare(one, timeline)]
-        await exchange.respond(200, msgspec.json.encode(fields))
+        return msgspec.json.encode(fields)
 
     async def _list_models(self, exchange: Exchange) -> None:
         await exchange.respond(200, openai.models_body(self._served().values(), self._since))
@@ -444,11 +463,34 @@ class Frontend:
         return "ready" if self._served() else "no worker"
 
     async def _show_metrics(self, exchange: Exchange) -> None:
-        backend = self._backend
+        backend, processes = self._backend, None
+        if self._siblings is not None:
+            processes = {self._siblings.own: self._told(), **await self._siblings.metrics()}
         page = metrics.render(
-            self.metrics, backend.standings(), backend.stalled(), backend.index_metrics(), self._pulse.delay_p99_s
+            self.metrics,
+            backend.standings(),
+            backend.stalled(),
+            backend.index_metrics(),
+            self._pulse.delay_p99_s,
+            processes=processes,
         )
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
+
+    def _told(self) -> metrics.Told:
+        return metrics.Told(self.metrics, self._pulse.delay_p99_s)
+
+    def methods(self) -> dict[str, RpcHandler]:
+        """What siblings ask when a client asked them."""
+        return {"counts": self._tell_counts, "record": self._tell_record, "heads": self._tell_heads}
+
+    async def _tell_counts(self, call: Call) -> None:
+        call.send(self._told())
+
+    async def _tell_record(self, call: Call) -> None:
+        call.send(self._find_record(msgspec.msgpack.decode(call.body, type=str)))
+
+    async def _tell_heads(self, call: Call) -> None:
+        call.send(self._heads())
 
     async def _describe(self, exchange: Exchange) -> None:
         await exchange.respond(200, openapi.body())
@@ -470,6 +512,12 @@ def _without_prefix(name: str) -> str:
     for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
         name = name.removeprefix(prefix)
     return name
+
+
+def _created(head: Mapping[str, object]) -> int:
+    created = head["created"]
+    assert isinstance(created, int)
+    return created
 
 
 def _head(record: Record) -> dict[str, object]:

@@ -1,0 +1,72 @@
+"""Frontends as processes: one, or several that share a port. `serve` starts them beside workers, `frontend` alone.
+
+this process        holds the listening sockets, which outlive a frontend that dies
+  |- frontend-0     takes connections from the same sockets as
+  `- frontend-1     the other ones
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from penstock import clock
+from penstock.cli import process
+from penstock.config import FrontendConfig, Model, ServiceSettings, SharedPort
+from penstock.launch.api import Job
+from penstock.launch.local import LocalLauncher
+
+
+async def run_frontends(
+    config: FrontendConfig, processes: int, log_level: str, http: socket.socket, registry: socket.socket
+) -> None:
+    """Keeps so many processes running until SIGINT or SIGTERM, which lets what runs in them end."""
+    stop = process.stop_requested()
+    with http, registry:
+        async with LocalLauncher(os.environ) as launcher:
+            for job in frontend_jobs(config, processes, log_level, http, registry):
+                await launcher.start(job)
+            await stop.wait()
+
+
+def frontend_jobs(
+    config: FrontendConfig, processes: int, log_level: str, http: socket.socket, registry: socket.socket
+) -> list[Job]:
+    """`processes` of them, which accept from the same sockets; a single one is called `frontend`."""
+    flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
+    flags |= service_flags(config.service)
+    if config.topology is not None:
+        flags["topology"] = config.topology.resolve()
+    if config.leases is not None:
+        flags["discovery"] = f"file:{config.leases.resolve()}"
+    secrets = {"PENSTOCK_TOKEN": config.secrets.token, "PENSTOCK_API_KEY": config.secrets.api_key}
+    sockets = (http.fileno(), registry.fileno())
+    if processes == 1:
+        return [Job("frontend", command("frontend", config.model, log_level, flags), secrets, sockets)]
+    mesh = clock.nonce(8).hex()
+    places = [SharedPort(mesh, index, processes) for index in range(processes)]
+    return [
+        Job(place.name, command("frontend", config.model, log_level, {**flags, "place": place}), secrets, sockets)
+        for place in places
+    ]
+
+
+def service_flags(service: ServiceSettings) -> dict[str, object]:
+    """Those that make a frontend admit as `service` says."""
+    flags: dict[str, object] = {
+        "ttft-patience": service.ttft_patience,
+        "max-queued": service.max_queued,
+        "affinity-s": service.affinity_s,
+    }
+    if service.ttft_slo is not None:
+        flags["ttft-slo"] = service.ttft_slo
+    if service.tenants is not None:
+        flags["tenants"] = service.tenants.resolve()
+    return flags
+
+
+def command(name: str, model: Model, log_level: str, flags: Mapping[str, object]) -> list[str]:
+    """The arguments of a `penstock` command about a model."""
+    common = {"model-name": model.name, "log-level": log_level}
+    return [name, str(model.folder), *(f"--{flag}={value}" for flag, value in {**common, **flags}.items())]
