@@ -270,10 +270,12 @@ def frontend(
         process=shared,
     )
     if http_fd is None or join_fd is None:
-        http, registry = sockets.listen_at_both(listen)
+        http, registry = sockets.listen_at_both(listen, positive(processes, "--processes"))
     else:
         http, registry = sockets.adopt(http_fd), sockets.adopt(join_fd)
-    if positive(processes, "--processes") > 1:
+    if shared is not None:
+        http = sockets.listen_beside(http)
+    if processes > 1:
         from penstock.cli.frontends import run_frontends
 
         asyncio.run(run_frontends(config, processes, log_level, http, registry))

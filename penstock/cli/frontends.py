@@ -1,8 +1,8 @@
 """Frontends as processes: one, or several that share a port. `serve` starts them beside workers, `frontend` alone.
 
-this process        holds the listening sockets, which outlive a frontend that dies
-  |- frontend-0     takes connections from the same sockets as
-  `- frontend-1     the other ones
+this process        holds the addresses, which outlive a frontend that dies
+  |- frontend-0     listens there for clients, and takes workers from the socket that it inherits
+  `- frontend-1     likewise
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from penstock.launch.local import LocalLauncher
 async def run_frontends(
     config: FrontendConfig, processes: int, log_level: str, http: socket.socket, registry: socket.socket
 ) -> None:
-    """Keeps so many processes running until SIGINT or SIGTERM, which lets what runs in them end."""
+    """Keeps so many processes running, which listen beside `http` and at `registry`.
+
+    Returns after SIGINT or SIGTERM, when what runs in them has ended.
+    """
     stop = process.stop_requested()
     with http, registry:
         async with LocalLauncher(os.environ) as launcher:
@@ -33,7 +36,7 @@ async def run_frontends(
 def frontend_jobs(
     config: FrontendConfig, processes: int, log_level: str, http: socket.socket, registry: socket.socket
 ) -> list[Job]:
-    """`processes` of them, which accept from the same sockets; a single one is called `frontend`."""
+    """`processes` of them; a single one is called `frontend` and takes over both sockets as they are."""
     flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
     flags |= service_flags(config.service)
     if config.topology is not None:

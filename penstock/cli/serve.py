@@ -44,7 +44,7 @@ async def serve(config: ServeConfig, report: Report) -> None:
     engine_options = options_of_workers(config)
     plugin.find("policy.routing", config.policy)
     stop = process.stop_requested()
-    http, registry = sockets.listen_at_both(config.listen)
+    http, registry = sockets.listen_at_both(config.listen, config.frontends)
     with http, registry:
         join = sockets.address_of(registry)
         client = Client(*sockets.split_address(sockets.address_of(http)), any_key(config))
