@@ -110,7 +110,7 @@ class FrontendOptions:
 
     api_key: str = field(default="", repr=False)
     tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # by tenant
-    inflight: int = 1024
+    inflight: int = 4096
     body_bytes: int = 16 << 20
     timeout_s: float = 600.0  # from a request's arrival to its last token
     slow_client_s: float = 30.0  # how long a client may read nothing while there is something to read
