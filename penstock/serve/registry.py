@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 
 import msgspec
 
@@ -66,9 +66,8 @@ class Registry:
 
     async def members(self, call: Call) -> None:
         """Answers with those that are there now."""
-        async for fleet in self._discovery.watch():
-            call.send([standing.member for standing in fleet.values()])
-            return
+        async with aclosing(self._discovery.watch()) as fleets:  # type: ignore[type-var]
+            call.send([standing.member for standing in (await anext(fleets)).values()])
 
     async def join(self, call: Call) -> None:
         """Lists the caller for as long as the call lasts; its reports keep the entry alive."""

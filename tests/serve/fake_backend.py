@@ -16,6 +16,7 @@ from penstock.policy.routing.api import Choice
 from penstock.request import Finish, Request, Timeline, Token
 from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.frontend import Frontend, FrontendOptions
+from penstock.serve.siblings import Siblings
 from penstock.serve.text import ChatTemplate, Tokenizer
 from tests.serve.tokenizers_made import CHAT, byte_level
 
@@ -146,8 +147,8 @@ class FakeBackend:
             self.left.set()
 
 
-def frontend(backend: FakeBackend, **options: Any) -> Frontend:
-    return Frontend(backend, {"demo": TOKENIZER}, Random(1), FrontendOptions(**options))
+def frontend(backend: FakeBackend, siblings: Siblings | None = None, **options: Any) -> Frontend:
+    return Frontend(backend, {"demo": TOKENIZER}, Random(1), FrontendOptions(**options), siblings=siblings)
 
 
 Message = MutableMapping[str, Any]
