@@ -160,6 +160,21 @@ class ServiceSettings:
             raise SetupError("--max-queued and --affinity-s cannot be negative")
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerSettings:
+    """How the model's answers are made and read."""
+
+    generation_config: bool = True
+    """Sample as the model's generation_config.json says where a client says nothing."""
+
+    tool_parser: str | None = None
+    """How calls of tools are found in answers: hermes, llama3_json, mistral, ... as docs/tools.md lists them, or none;
+    by default as the model's chat template suggests."""
+
+    reasoning_parser: str | None = None
+    """The same for reasoning: deepseek_r1, qwen3, ... or none."""
+
+
 class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who shares the server. Without a key its requests are those of others that say so in a header."""
 
@@ -264,6 +279,7 @@ class ServeConfig:
     leases: Path | None
     policy: str
     topology: Path | None
+    answers: AnswerSettings
     service: ServiceSettings
     frontends: int
     ask: bool
@@ -348,6 +364,7 @@ class FrontendConfig:
     leases: Path | None
     policy: str
     topology: Path | None
+    answers: AnswerSettings
     service: ServiceSettings
     process: SharedPort | None = None
 

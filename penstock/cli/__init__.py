@@ -30,6 +30,7 @@ from penstock.cli import process, sockets
 from penstock.cli.model import find_model
 from penstock.cluster import Role
 from penstock.config import (
+    AnswerSettings,
     AttachSettings,
     EngineSettings,
     FleetSettings,
@@ -57,6 +58,7 @@ app = App(
 Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
 Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Answers = Annotated[AnswerSettings, Parameter(name="*", group="Answers")]
 Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
@@ -94,6 +96,7 @@ def serve(
     kv: Kv = KvSettings(),
     policy: str = "pairs",
     topology: Path | None = None,
+    answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
     frontends: int = 1,
@@ -141,6 +144,7 @@ def serve(
         leases=leases_folder(discovery),
         policy=policy,
         topology=topology,
+        answers=answers,
         service=service,
         frontends=positive(frontends, "--frontends"),
         ask=ask,
@@ -230,6 +234,7 @@ def frontend(
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
     topology: Path | None = None,
+    answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
     processes: int = 1,
@@ -266,6 +271,7 @@ def frontend(
         leases=leases_folder(discovery),
         policy=policy,
         topology=topology,
+        answers=answers,
         service=service,
         process=shared,
     )

@@ -22,6 +22,7 @@ from penstock.metrics import Metrics
 from penstock.policy.admission import ServiceLevel
 from penstock.policy.routing.ways import Climber, Rung
 from penstock.serve.frontend import Frontend, FrontendOptions
+from penstock.serve.generation_config import NO_DEFAULTS, load_defaults
 from penstock.serve.http_server import serve_http
 from penstock.serve.registry import Registry, tell_nobody
 from penstock.serve.router import Router, ServiceOptions
@@ -41,7 +42,9 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     leave = process.stop_requested()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the event loop
     rng = clock.chance()
-    tokenizer = load_tokenizer(config.model.folder, config.model.name)
+    answers, folder = config.answers, config.model.folder
+    offload = process.OneThread("encoding")
+    tokenizer = load_tokenizer(folder, config.model.name, offload, answers.tool_parser, answers.reasoning_parser)
     discovery: Discovery = FileDiscovery(config.leases) if config.leases is not None else MemoryDiscovery()
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream, "fd": stream}
@@ -51,7 +54,8 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     registered = Registry(discovery, siblings.telling if siblings and config.leases is None else tell_nobody)
     tenants = read_tenants(config.service.tenants)
     keys = {name: tenant.key for name, tenant in tenants.items() if tenant.key is not None}
-    options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys)
+    defaults = load_defaults(folder) if answers.generation_config else NO_DEFAULTS
+    options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys, defaults={config.model.name: defaults})
     service, measured = service_options(config.service, tenants), Metrics()
     router = Router(discovery, endpoint, rng, route, wiring=wiring, service=service, queued=measured.queue)
     frontend = Frontend(router, {config.model.name: tokenizer}, rng, options, measured, siblings)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from penstock import clock
 from penstock.cli import process
-from penstock.config import FrontendConfig, Model, ServiceSettings, SharedPort
+from penstock.config import AnswerSettings, FrontendConfig, Model, ServiceSettings, SharedPort
 from penstock.launch.api import Job
 from penstock.launch.local import LocalLauncher
 
@@ -38,7 +38,7 @@ def frontend_jobs(
 ) -> list[Job]:
     """`processes` of them; a single one is called `frontend` and takes over both sockets as they are."""
     flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
-    flags |= service_flags(config.service)
+    flags |= service_flags(config.service) | answer_flags(config.answers)
     if config.topology is not None:
         flags["topology"] = config.topology.resolve()
     if config.leases is not None:
@@ -67,6 +67,13 @@ def service_flags(service: ServiceSettings) -> dict[str, object]:
     if service.tenants is not None:
         flags["tenants"] = service.tenants.resolve()
     return flags
+
+
+def answer_flags(answers: AnswerSettings) -> dict[str, object]:
+    """Those that make a frontend answer as `answers` says."""
+    named = {"tool-parser": answers.tool_parser, "reasoning-parser": answers.reasoning_parser}
+    flags: dict[str, object] = {"generation-config": answers.generation_config}
+    return flags | {name: value for name, value in named.items() if value is not None}
 
 
 def command(name: str, model: Model, log_level: str, flags: Mapping[str, object]) -> list[str]:

@@ -76,7 +76,15 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
 
 
 def frontend_config(config: ServeConfig) -> FrontendConfig:
-    return FrontendConfig(config.model, config.secrets, config.leases, config.policy, config.topology, config.service)
+    return FrontendConfig(
+        model=config.model,
+        secrets=config.secrets,
+        leases=config.leases,
+        policy=config.policy,
+        topology=config.topology,
+        service=config.service,
+        answers=config.answers,
+    )
 
 
 def any_key(config: ServeConfig) -> str:

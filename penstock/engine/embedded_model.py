@@ -1,7 +1,7 @@
 """Checkpoints for the embedded engine: which it can serve, and what it computes with them.
 
-Served is any decoder of transformers whose attention goes through `AttentionInterface` and whose cache is plain
-keys and values of one shape in every layer, over the whole context or a window.
+Served is any decoder of transformers whose attention goes through `AttentionInterface` and whose cache is of one shape
+in every layer: plain keys and values, over the whole context or a window, or latents (MLA).
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from penstock.blocks import BlockId, KvLayout, Region
-from penstock.engine.api import EngineInfo, Slice
+from penstock.engine.api import FEATURES, EngineInfo, Scored, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
-from penstock.engine.embedded_batch import Geometry, build
+from penstock.engine.embedded_batch import Batch, Geometry, build
+from penstock.engine.embedded_guides import Guides, read_tokenizer
 from penstock.engine.embedded_options import Options
-from penstock.engine.embedded_sampling import Draw, sample
+from penstock.engine.embedded_sampling import Draw, Sampler, check_finite, with_logprobs
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
 from penstock.policy.latency.device import cpu
 from penstock.policy.latency.roofline import Roofline
@@ -31,9 +33,16 @@ from penstock.policy.latency.shape import shape_of
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 
-_SERVED = "served are decoders with plain keys and values in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss..."
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+_SERVED = (
+    "served are decoders that cache one shape in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss, DeepSeek-V3..."
+)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SCORED_LOGITS = 1 << 25  # computed at once for log probabilities of a prompt: 128 MiB in float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROUNDING = {torch.float32: 0.001, torch.bfloat16: 0.3, torch.float16: 0.3}  # see `_error`; other attention: about 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,7 @@ class Checkpoint:
     config: PreTrainedConfig
     geometry: Geometry
     info: EngineInfo
+    tokenizer: LLTokenizer | None  # as guides need it
 
 
 # While from_pretrained runs, transformers patches its own classes for the whole process; two at a time leave a patch
@@ -60,18 +70,21 @@ def read(options: Options) -> Checkpoint:
     text = config.get_text_config(decoder=True)
     architecture = _supported_architecture(model, config, text)
     geometry = _geometry(config, text, options)
+    eos_token_ids = _eos_token_ids(model, text)
+    tokenizer = read_tokenizer(model, text.vocab_size, eos_token_ids)
     info = EngineInfo(
         name="embedded",
         model=model,
         layout=geometry.layout,
         vocab_size=text.vocab_size,
         max_context_tokens=_context_limit(text, options),
-        eos_token_ids=_eos_token_ids(model, text),
+        eos_token_ids=eos_token_ids,
         device=str(geometry.device),
         shares_memory=geometry.device.type == "cpu",
+        supports=FEATURES if tokenizer else tuple(feature for feature in FEATURES if feature != "guide"),
         step_prior=_step_prior(text, geometry, options),
     )
-    return Checkpoint(architecture, config, geometry, info)
+    return Checkpoint(architecture, config, geometry, info, tokenizer)
 
 
 def _step_prior(text: PreTrainedConfig, geometry: Geometry, options: Options) -> StepModel:
@@ -109,7 +122,7 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UnreadableModel(f"{folder} lacks {len(missing)} weights of its architecture, such as {missing[0]}")
-    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint.geometry)
+    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint)
     _try_out(loaded, checkpoint)
     return loaded
 
@@ -117,10 +130,12 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
 class LoadedModel:
     """Weights, and the arithmetic of one step. Used from one thread."""
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self._model = model
-        self._geometry = geometry
+        self._geometry = checkpoint.geometry
         self._scratch = Scratch()
+        self._sampler = Sampler(checkpoint.info.eos_token_ids, Guides(checkpoint.tokenizer))
+        self._scored_tokens = max(1, _SCORED_LOGITS // checkpoint.info.vocab_size)
 
     def kv_room_bytes(self) -> int:
         """Most of what the GPU has free now; the rest is for activations. 0 on the CPU."""
@@ -136,7 +151,43 @@ class LoadedModel:
     @torch.inference_mode()
     def compute(self, slices: Sequence[Slice], pool: Pool) -> list[Token | None]:
         """One forward pass; a token for each slice with `sampling`, in order."""
+        logits = self.logits(slices, pool)
+        asked = [Draw(s.sampling, s.start + len(s.tokens), s.past) for s in slices if s.sampling is not None]
+        if len(logits) != len(asked):
+            raise ValueError(f"the model gave logits for {len(logits)} tokens, asked for {len(asked)}")
+        tokens = iter(self._sampler.sample(logits, asked) if asked else ())
+        return [None if s.sampling is None else next(tokens) for s in slices]
+
+    @torch.inference_mode()
+    def logits(self, slices: Sequence[Slice], pool: Pool) -> Tensor:
+        """One forward pass; [slices with `sampling`, vocabulary]."""
         batch = build(slices, self._geometry)
+        return self._forward(batch, batch.sampled, pool)
+
+    def score(self, slices: Sequence[Slice], pool: Pool) -> list[Scored]:
+        """One forward pass for all slices without `scores`, and others for the rest: logits of prompts are large."""
+        plain = [part for part in slices if part.scores is None]
+        sampled = iter(self.compute(plain, pool) if plain else ())
+        return [Scored(next(sampled)) if s.scores is None else self._score(s, s.scores, pool) for s in slices]
+
+    @torch.inference_mode()
+    def _score(self, part: Slice, top: int, pool: Pool) -> Scored:
+        told: list[Token] = []
+        sampled: Token | None = None
+        for piece in _pieces(part, self._scored_tokens):
+            batch = build([piece], self._geometry)
+            logits = self._forward(batch, torch.arange(len(piece.tokens), device=self._geometry.device), pool).float()
+            end = piece.start + len(piece.tokens)
+            check_finite(logits.amax(-1), range(piece.start + 1, end + 1))
+            follow = piece.past.tokens[piece.start + 1 : min(end + 1, piece.past.prompt_tokens)]
+            if follow:
+                told += with_logprobs(logits[: len(follow)], follow, [top] * len(follow))
+            if piece.sampling is not None:
+                (sampled,) = self._sampler.sample(logits[-1:], [Draw(piece.sampling, end, piece.past)])
+        return Scored(sampled, told)
+
+    def _forward(self, batch: Batch, keep: Tensor, pool: Pool) -> Tensor:
+        """The logits [kept, vocabulary] after tokens `keep` of the batch's row."""
         paged = Paged(pool, batch, self._scratch)
         paged.clear_fresh()
         output = self._model(
@@ -144,15 +195,30 @@ class LoadedModel:
             position_ids=batch.position_ids,
             past_key_values=paged,
             use_cache=True,
-            logits_to_keep=batch.sampled,
+            logits_to_keep=keep,
             paged=paged,
         )
-        asked = [Draw(s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
-        (logits,) = output.logits
-        if len(logits) != len(asked):
-            raise ValueError(f"the model gave logits for {len(logits)} tokens, asked for {len(asked)}")
-        tokens = iter(sample(logits, asked) if asked else ())
-        return [None if s.sampling is None else next(tokens) for s in slices]
+        logits: Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def own_logits(self, tokens: Sequence[int]) -> Tensor:
+        """[1, vocabulary] of what follows `tokens`, by transformers' plainest attention and without a cache."""
+        self._model.set_attn_implementation("eager")
+        try:
+            output = self._model(input_ids=self._geometry.tensor(list(tokens))[None], use_cache=False, logits_to_keep=1)
+        finally:
+            self._model.set_attn_implementation(NAME)
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def _pieces(part: Slice, most_tokens: int) -> Iterator[Slice]:
+    """The slice as several, one after the other; the last samples what it does."""
+    for at in range(0, len(part.tokens), most_tokens):
+        tokens = part.tokens[at : at + most_tokens]
+        is_last = at + most_tokens >= len(part.tokens)
+        yield replace(part, tokens=tokens, start=part.start + at, sampling=part.sampling if is_last else None)
 
 
 def map_region(region: Region, geometry: Geometry) -> Pool:
@@ -197,7 +263,7 @@ def _supported_architecture(model: str, config: PreTrainedConfig, text: PreTrain
 
 
 def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
-    """Why a cache of plain keys and values does not do. Later questions make sense only where earlier ones pass."""
+    """Why such a cache does not do. Later questions make sense only where earlier ones pass."""
     if kind._is_stateful:
         yield "keeps a state that is not keys and values"
     if not kind._supports_attention_backend:
@@ -207,8 +273,8 @@ def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         yield f"has layers of type {', '.join(strange)}"
-    if getattr(text, "kv_lora_rank", None) is not None:
-        yield "caches latents (MLA)"
+    if not _is_latent(text) and getattr(text, "v_head_dim", None) not in (None, _head_dim(text)):
+        yield "caches values of another width than keys"
     if getattr(text, "num_kv_shared_layers", 0):
         yield "shares keys and values between layers"
 
@@ -216,15 +282,32 @@ def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
 def _geometry(config: PreTrainedConfig, text: PreTrainedConfig, options: Options) -> Geometry:
     device = _device(options.device)
     dtype = _dtype(options.dtype, config, device)
-    heads: int = text.num_attention_heads
+    sides, kv_heads, head_dim = _row_shape(text)
     layout = KvLayout(
         layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         block_tokens=options.block_tokens,
         dtype=str(dtype).removeprefix("torch."),
+        sides=sides,
     )
-    return Geometry(layout, heads, dtype, device)
+    return Geometry(layout, text.num_attention_heads, dtype, device)
+
+
+def _row_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
+    """Sides, heads and width of what a layer caches of a token: keys and values, or one latent for all heads."""
+    if _is_latent(text):
+        return 1, 1, text.kv_lora_rank + text.qk_rope_head_dim
+    return 2, getattr(text, "num_key_value_heads", None) or text.num_attention_heads, _head_dim(text)
+
+
+def _is_latent(text: PreTrainedConfig) -> bool:
+    return getattr(text, "kv_lora_rank", None) is not None
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return dim
 
 
 def _device(device: str) -> torch.device:
@@ -273,16 +356,32 @@ def _eos_token_ids(model: str, text: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
-    """Computes one block: every layer must write keys and values of the layout's shape. Also warms up."""
+    """Computes one block, in one step and its last token alone again; also warms up.
+
+    Every layer must write keys and values of the layout's shape, and the logits be those of transformers' attention.
+    """
     geometry, who = checkpoint.geometry, f"{checkpoint.info.model}: {checkpoint.architecture}"
     layout = geometry.layout
     elements = layout.block_bytes // geometry.dtype.itemsize
     pool = Pool(torch.full((elements,), torch.nan, dtype=geometry.dtype, device=geometry.device), layout)
+    tokens = [i % checkpoint.info.vocab_size for i in range(layout.block_tokens)]
+    steps = [Slice(tokens[at:], at, [BlockId(0)], Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
     try:
-        loaded.compute([Slice([0] * layout.block_tokens, 0, [BlockId(0)], Sampling(max_tokens=1))], pool)
+        found = torch.cat([loaded.logits([step], pool) for step in steps])
+        own = loaded.own_logits(tokens)
     except Exception as error:
         raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error
     written = pool.blocks.view(layout.layers, -1).isfinite().all(-1)
     if not written.all():
         silent = (~written).nonzero()[:, 0].tolist()
         raise UnsupportedModel(f"{who} caches no keys and values in layers {silent}; {_SERVED}")
+    if not found.isfinite().all():
+        raise UnsupportedModel(f"{who} overflows in {layout.dtype}; choose another dtype")
+    if not _error(found, own) <= _ROUNDING[geometry.dtype]:  # NaN is an error too
+        raise UnsupportedModel(f"{who} does not attend as this engine does: its own attention gives other logits")
+
+
+def _error(found: Tensor, own: Tensor) -> float:
+    """How far logits are off, root mean square, in standard deviations of the right ones; of rows the worst."""
+    off = (found.float() - own.float()).square().mean(-1).sqrt()
+    return float((off / own.float().std(-1).clamp_min(torch.finfo(torch.float32).tiny)).max())

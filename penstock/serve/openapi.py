@@ -16,9 +16,10 @@ import msgspec
 
 from penstock import __version__
 from penstock.request import FinishReason, Timeline
-from penstock.serve import openai, wishes
+from penstock.serve import wishes
 from penstock.serve.answer import Record
-from penstock.serve.openai import Dialect
+from penstock.serve.asks import SHAPES, ChatBody, CompletionBody
+from penstock.serve.tokenize import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 
 Json = dict[str, Any]
 _REF = "#/components/schemas/{name}"
@@ -179,7 +180,7 @@ class Page:
     shows: type[msgspec.Struct] | str
     parameter: str = ""
     also: tuple[int, ...] = ()
-    dialect: Dialect | None = None
+    body: type[msgspec.Struct] | None = None
     event: type[msgspec.Struct] | None = None
 
     @property
@@ -192,8 +193,10 @@ PAGES: dict[str, Page] = {
     "/": Page("What there is", "text/plain; charset=utf-8"),
     "/v1/models": Page("The models that workers serve now", Models),
     "/v1/models/": Page("One of them", Model, "model"),
-    "/v1/completions": Page("Continue a text", TextAnswer, dialect=openai.COMPLETIONS, event=TextEvent),
-    "/v1/chat/completions": Page("Answer in a chat", ChatAnswer, dialect=openai.CHAT, event=ChatEvent),
+    "/v1/completions": Page("Continue a text", TextAnswer, body=CompletionBody, event=TextEvent),
+    "/v1/chat/completions": Page("Answer in a chat", ChatAnswer, body=ChatBody, event=ChatEvent),
+    "/tokenize": Page("A prompt or a conversation in tokens", Tokenized, body=TokenizeBody),
+    "/detokenize": Page("The text of tokens", Detokenized, body=DetokenizeBody),
     "/health": Page("How the server is, and who its workers are", Health, also=(503,)),
     "/live": Page("Whether this process lives", Status),
     "/ready": Page("Whether requests would be served", Status, also=(503,)),
@@ -233,11 +236,10 @@ def document() -> Json:
 
 def _schemas() -> Json:
     """Of all structs, by name; those of requests with the fields that are taken and do nothing."""
-    shown = [one for page in PAGES.values() for one in (page.shows, page.event) if isinstance(one, type)]
-    _, schemas = msgspec.json.schema_components(
-        [*openai.SHAPES, *shown, Error], schema_hook=_anything, ref_template=_REF
-    )
-    for shape, idle in openai.SHAPES.items():
+    shown = [one for page in PAGES.values() for one in (page.shows, page.body, page.event)]
+    shown = [one for one in shown if isinstance(one, type)]
+    _, schemas = msgspec.json.schema_components([*SHAPES, *shown, Error], schema_hook=_anything, ref_template=_REF)
+    for shape, idle in SHAPES.items():
         schemas[shape.__name__]["properties"] |= {name: _idle(values) for name, values in idle.items()}
     found: Json = _with_public_names(schemas)
     return found
@@ -265,10 +267,11 @@ def _path(page: Page) -> Json:
     operation: Json = {"summary": page.summary, "responses": dict(_responses(page))}
     if page.parameter:
         operation["parameters"] = [_parameter(page.parameter, "path", "")]
-    if page.dialect is None:
+    if page.body is None:
         return {"get": operation}
-    operation["parameters"] = [_parameter(name.decode(), "header", text) for name, text in _HEADERS.items()]
-    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(page.dialect.body)}}}
+    if page.event is not None:
+        operation["parameters"] = [_parameter(name.decode(), "header", text) for name, text in _HEADERS.items()]
+    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(page.body)}}}
     return {"post": operation}
 
 

@@ -66,7 +66,7 @@ def test_bodies_are_described_as_they_are_parsed() -> None:
     assert body["required"] == ["messages", "model"]
     assert body["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
     assert body["properties"]["messages"]["items"]["$ref"] == "#/components/schemas/Message"
-    assert schemas["Message"]["properties"]["tool_calls"]["enum"] == [None, []]
+    assert schemas["Message"]["properties"]["annotations"]["enum"] == [None, []]
     for field, schema in schemas["CompletionBody"]["properties"].items():
         assert schema, f"{field} is not described"
 
