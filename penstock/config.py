@@ -393,6 +393,7 @@ class ServeConfig:
     topology: Path | None
     answers: AnswerSettings
     service: ServiceSettings
+    frontends: int
     ask: bool
     log_level: str
 
@@ -422,11 +423,52 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPort:
+    """One of several frontend processes that share a port, the `index`th; they find each other by `mesh`."""
+
+    mesh: str
+    index: int
+    processes: int
+
+    @classmethod
+    def parse(cls, text: str) -> SharedPort:
+        """Of MESH:INDEX:PROCESSES, as `str` writes it. Raises SetupError."""
+        mesh, index, processes = [*text.split(":"), "", ""][:3]
+        if not (mesh and index.isdecimal() and processes.isdecimal() and int(index) < int(processes)):
+            raise SetupError(f"{text!r} is no process of several: write MESH:INDEX:PROCESSES")
+        return cls(mesh, int(index), int(processes))
+
+    def __str__(self) -> str:
+        return f"{self.mesh}:{self.index}:{self.processes}"
+
+    @property
+    def name(self) -> str:
+        return _name(self.index)
+
+    @property
+    def address(self) -> str:
+        """At which the other processes find this one."""
+        return self._address(self.index)
+
+    def others(self) -> dict[str, str]:
+        """Their addresses by name."""
+        return {_name(one): self._address(one) for one in range(self.processes) if one != self.index}
+
+    def _address(self, index: int) -> str:
+        return f"unix:@penstock-{self.mesh}-{_name(index)}"
+
+
+def _name(index: int) -> str:
+    return f"frontend-{index}"
+
+
+@dataclass(frozen=True, slots=True)
 class FrontendConfig:
     """All that the process of a frontend is told, beside the two sockets it is given.
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
-    `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired.
+    `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired. `process` says
+    which of several processes this is.
     """
 
     model: Model
@@ -436,6 +478,7 @@ class FrontendConfig:
     topology: Path | None
     answers: AnswerSettings
     service: ServiceSettings
+    process: SharedPort | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ from penstock.config import (
     Secrets,
     ServeConfig,
     ServiceSettings,
+    SharedPort,
     SimulationSettings,
     TargetSettings,
     WorkerConfig,
@@ -107,6 +108,7 @@ def serve(
     answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
+    frontends: int = 1,
     ask: bool = True,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     log_level: LogLevel = "warning",
@@ -127,6 +129,8 @@ def serve(
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
+    frontends
+        How many processes share the work of HTTP, text and routing; they share the port, too.
     ask
         Ask the model one question at the start, and show where the time went.
     as_json
@@ -151,6 +155,7 @@ def serve(
         topology=topology,
         answers=answers,
         service=service,
+        frontends=positive(frontends, "--frontends"),
         ask=ask,
         log_level=log_level,
     )
@@ -241,8 +246,10 @@ def frontend(
     answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
+    processes: int = 1,
     http_fd: Descriptor = None,
     join_fd: Descriptor = None,
+    place: Annotated[str, Parameter(show=False)] = "",
     log_level: LogLevel = "warning",
 ) -> None:
     """Serve HTTP, and the registry that workers join; needs PENSTOCK_TOKEN, which these workers need too.
@@ -259,10 +266,13 @@ def frontend(
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
+    processes
+        How many processes share the work, and the port.
     log_level
         The least serious messages to print on standard error.
     """
-    process.log_to_stderr("frontend", log_level)
+    shared = SharedPort.parse(place) if place else None
+    process.log_to_stderr(shared.name if shared is not None else "frontend", log_level)
     listen = replace(listen, api_key=process.api_key(listen.api_key))
     config = FrontendConfig(
         model=find_model(model, model_name),
@@ -272,11 +282,19 @@ def frontend(
         topology=topology,
         answers=answers,
         service=service,
+        process=shared,
     )
     if http_fd is None or join_fd is None:
-        http, registry = sockets.listen_at_both(listen)
+        http, registry = sockets.listen_at_both(listen, positive(processes, "--processes"))
     else:
         http, registry = sockets.adopt(http_fd), sockets.adopt(join_fd)
+    if shared is not None:
+        http = sockets.listen_beside(http)
+    if processes > 1:
+        from penstock.cli.frontends import run_frontends
+
+        asyncio.run(run_frontends(config, processes, log_level, http, registry))
+        return
     from penstock.cli.frontend import run_frontend
 
     process.run(run_frontend(config, http, registry))
@@ -509,6 +527,13 @@ def route_explain(
     if bool(request) == last:
         raise SetupError("say which request: its id, or --last, and not both")
     explain(url, process.api_key(""), request, as_json)
+
+
+def positive(count: int, flag: str) -> int:
+    """Raises SetupError for a number of processes that is none."""
+    if count < 1:
+        raise SetupError(f"{flag} {count} serves nobody: give 1 or more")
+    return count
 
 
 def shown(default: object) -> str | None:

@@ -680,7 +680,7 @@ def test_a_client_that_leaves_before_its_body_is_whole() -> None:
 
 def test_a_client_that_sends_no_body_is_not_waited_for() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
-        assert (await Client(app).ask("POST", "/v1/completions", chunks=[])).status == 504
+        assert (await Client(app).ask("POST", "/v1/completions", chunks=[])).status == 408
 
     play(story)
 
