@@ -18,19 +18,18 @@ where chance decides (dropout).
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
+
+from penstock.serve.tokenizer_steps import Step, steps_of
 
 if TYPE_CHECKING:
     import tokenizers
 
 PIECE_CHARS = 128  # in a piece, if not in the last one
 STRETCH_CHARS = 1024  # from a cut to the next one before a space, if not a little more
-
-Step: TypeAlias = Mapping[str, Any]  # as tokenizer.json writes it
 
 _BEFORE_SPACE = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _LETTER_SPACE = re.compile(r"[A-Za-z] ")
@@ -112,19 +111,18 @@ def _with_spaces(text: str, ends: Sequence[int]) -> Iterator[int]:
         start = end
 
 
-def cutter_of(codec: tokenizers.Tokenizer) -> Cutter:
+def cutter_of(tokenizer: tokenizers.Tokenizer) -> Cutter:
     """The safe cuts of a tokenizer, perhaps none."""
-    pipeline = json.loads(codec.to_str())
-    added = [token for token in pipeline["added_tokens"] if token["content"]]
-    looks_around = any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
-    if looks_around or not _is_alike_everywhere(pipeline):
+    added = [token for token in tokenizer.get_added_tokens_decoder().values() if token.content]
+    looks_around = any(token.single_word or token.lstrip or token.rstrip for token in added)
+    if looks_around or not _is_alike_everywhere(tokenizer):
         return Cutter(None, None, False)
-    has_normalizer = bool(_steps(pipeline["normalizer"], "normalizers"))
+    has_normalizer = bool(steps_of(tokenizer.normalizer))
     return Cutter(
-        first=_any_of(token["content"] for token in added if not token["normalized"]),
-        second=None if has_normalizer else _any_of(token["content"] for token in added if token["normalized"]),
-        is_split_at_spaces=_splits_before_spaces(pipeline)
-        and not any(_LETTER_SPACE.search(token["content"]) for token in added),
+        first=_any_of(token.content for token in added if not token.normalized),
+        second=None if has_normalizer else _any_of(token.content for token in added if token.normalized),
+        is_split_at_spaces=_splits_before_spaces(tokenizer)
+        and not any(_LETTER_SPACE.search(token.content) for token in added),
     )
 
 
@@ -133,11 +131,14 @@ def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _is_alike_everywhere(pipeline: Mapping[str, Any]) -> bool:
+def _is_alike_everywhere(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether a stretch between added tokens is encoded the same wherever it stands."""
-    if pipeline["model"]["type"] not in ("BPE", "Unigram") or pipeline["model"].get("dropout"):
+    from tokenizers.models import BPE, Unigram
+
+    model = tokenizer.model
+    if not isinstance(model, BPE | Unigram) or (isinstance(model, BPE) and model.dropout):
         return False
-    return all(map(_is_local, _steps(pipeline["pre_tokenizer"], "pretokenizers")))
+    return all(map(_is_local, steps_of(tokenizer.pre_tokenizer)))
 
 
 def _is_local(step: Step) -> bool:
@@ -149,15 +150,17 @@ def _is_local(step: Step) -> bool:
     return False
 
 
-def _splits_before_spaces(pipeline: Mapping[str, Any]) -> bool:
-    if pipeline["model"]["type"] != "BPE":
+def _splits_before_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
+    from tokenizers.models import BPE
+
+    if not isinstance(tokenizer.model, BPE):
         return False
-    if not all(step["type"] == "NFC" for step in _steps(pipeline["normalizer"], "normalizers")):
+    if not all(step["type"] == "NFC" for step in steps_of(tokenizer.normalizer)):
         return False
-    *splits, last = _steps(pipeline["pre_tokenizer"], "pretokenizers") or [{}]
+    *splits, last = steps_of(tokenizer.pre_tokenizer) or [{}]
     if last.get("type") != "ByteLevel" or not all(map(_is_known, splits)):
         return False
-    return bool(last["use_regex"]) or any(_is_known_word(step) for step in splits)
+    return bool(last["use_regex"]) or any(map(_splits_words, splits))
 
 
 def _is_known(step: Step) -> bool:
@@ -167,15 +170,6 @@ def _is_known(step: Step) -> bool:
     return bool(step["type"] == "Digits")
 
 
-def _is_known_word(step: Step) -> bool:
-    """Whether it is one that splits words from spaces, beyond digits and scripts."""
+def _splits_words(step: Step) -> bool:
+    """Whether a known step splits words from spaces, beyond digits and scripts."""
     return step["type"] == "Split" and str(step["pattern"]["Regex"]).endswith(_SPACES)
-
-
-def _steps(step: Step | None, name: str) -> list[Step]:
-    """A part of tokenizer.json as its steps, sequences opened."""
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [one for inner in step[name] for one in _steps(inner, name)]
-    return [step]

@@ -173,6 +173,7 @@ def test_conversations_are_cut_before_special_tokens() -> None:
 def test_tokens_that_are_looked_for_second_are_cut_at_without_a_normalizer() -> None:
     codec = bpe((WORDS[0],))
     assert cutter_of(codec).cut("ab<think>cd</s>") == ["ab", "<think>cd", "</s>"]
+    assert cutter_of(changed(codec, normalizer=normalizers.Sequence([]))) == cutter_of(codec)
     assert cutter_of(changed(codec, normalizer=normalizers.NFC())).cut("ab<think>cd</s>") == ["ab<think>cd", "</s>"]
 
 
