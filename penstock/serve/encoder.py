@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 T = TypeVar("T")
-Work: TypeAlias = Callable[[Sequence[str]], list[Tokens]]
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +34,15 @@ CUT_TOKENS = 16  # by how much cutting a text in two anywhere can change its num
 CACHE_BYTES = 64 << 20
 ENTRY_BYTES = 300  # of a remembered piece beside its text and its tokens
 
+Encode: TypeAlias = Callable[[Sequence[str]], list[Tokens]]
+
 
 @dataclass(frozen=True, slots=True)
-class Encode:
+class Codec:
     """Makes tokens of texts, without special ones around them, in any thread."""
 
-    work: Work
+    encode: Encode
     inline_chars: int  # that take no more than 2 ms
-
-    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
-        return self.work(texts)
 
 
 class Offload(Protocol):
@@ -57,10 +55,10 @@ class Encoder:
     """Encodes for one model. Owns what it remembers: at most `cache_bytes`, the pieces that were used last."""
 
     def __init__(
-        self, encode: Encode, cutter: Cutter, offload: Offload | None = None, cache_bytes: int = CACHE_BYTES
+        self, codec: Codec, cutter: Cutter, offload: Offload | None = None, cache_bytes: int = CACHE_BYTES
     ) -> None:
         """Without `offload` everything is encoded on the loop, as it must be in virtual time."""
-        self._encode = encode
+        self._codec = codec
         self._cutter = cutter
         self._offload = offload
         self._memory = _Memory(cache_bytes)
@@ -78,10 +76,11 @@ class Encoder:
         return whole
 
     async def _encode_new(self, pieces: Sequence[str], at_most: int) -> list[Tokens]:
-        if self._offload is None or sum(map(len, pieces)) <= self._encode.inline_chars:
-            encoded = encode_within(self._encode, pieces, at_most)
+        encode = self._codec.encode
+        if self._offload is None or sum(map(len, pieces)) <= self._codec.inline_chars:
+            encoded = encode_within(encode, pieces, at_most)
         else:
-            encoded = await self._offload(lambda: encode_within(self._encode, pieces, at_most))
+            encoded = await self._offload(lambda: encode_within(encode, pieces, at_most))
         for piece, tokens in zip(pieces, encoded, strict=True):
             self._memory.keep(piece, tokens)
         return encoded
@@ -163,17 +162,17 @@ def _too_long(at_most: int) -> PromptTooLong:
 # Codecs.
 
 
-def plain_codec(tokenizer: tokenizers.Tokenizer) -> Encode:
+def plain_codec(tokenizer: tokenizers.Tokenizer) -> Codec:
     """The tokenizers library's."""
 
     def encode(texts: Sequence[str]) -> list[Tokens]:
         """As a batch, because only batches can leave out offsets into the text: a third of the time."""
         return [array("I", one.ids) for one in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    return Encode(encode, inline_chars=1 << 13)
+    return Codec(encode, inline_chars=1 << 13)
 
 
-def fast_codec(tokenizer: tokenizers.Tokenizer) -> Encode | None:
+def fast_codec(tokenizer: tokenizers.Tokenizer) -> Codec | None:
     """The fastokens library's, ten times as quick; None where it is not installed or makes other tokens of anything.
 
     It is compared on texts made up from this tokenizer's own words, special tokens and what tends to differ.
@@ -191,10 +190,10 @@ def fast_codec(tokenizer: tokenizers.Tokenizer) -> Encode | None:
     def encode(texts: Sequence[str]) -> list[Tokens]:
         return [unpack(quick.encode_batch_flat([text])[0]) for text in texts]
 
-    if (text := find_difference(plain_codec(tokenizer), encode, samples(tokenizer))) is not None:
+    if (text := find_difference(plain_codec(tokenizer).encode, encode, samples(tokenizer))) is not None:
         log.info("fastokens makes other tokens of %r, so tokenizers encodes", text)
         return None
-    return Encode(encode, inline_chars=1 << 16)
+    return Codec(encode, inline_chars=1 << 16)
 
 
 SAMPLES = 400
@@ -237,7 +236,7 @@ def samples(tokenizer: tokenizers.Tokenizer) -> list[str]:
     return [*ODD_PARTS, *added, *texts]
 
 
-def find_difference(one: Work, other: Work, texts: Sequence[str]) -> str | None:
+def find_difference(one: Encode, other: Encode, texts: Sequence[str]) -> str | None:
     """The first text of which they make different tokens."""
     pairs = zip(texts, one(texts), other(texts), strict=True)
     return next((text for text, mine, yours in pairs if mine != yours), None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from penstock.errors import BadRequest, UnreadableModel
 from penstock.serve.chat_template import Chat, ChatTemplate, load_json, load_template
 from penstock.serve.detokenizer import Detokenizer, Output, Pieces, keep, spelling_of
-from penstock.serve.encoder import Encode, Encoder, Offload, fast_codec, plain_codec
+from penstock.serve.encoder import Codec, Encoder, Offload, fast_codec, plain_codec
 from penstock.serve.parsers.choice import PLAIN, Formats, pick
 from penstock.serve.pieces import cutter_of
 from penstock.serve.stop_strings import StopFinder
@@ -32,33 +32,32 @@ class Tokenizer:
 
     def __init__(
         self,
-        codec: tokenizers.Tokenizer,
+        tokenizer: tokenizers.Tokenizer,
         template: ChatTemplate | None,
         model: str,
-        encode: Encode | None = None,
+        codec: Codec | None = None,
         offload: Offload | None = None,
         formats: Formats = PLAIN,
     ) -> None:
-        """`model` is its name in errors; `formats` says how its answers are read. `encode` does what `codec` would;
-        what is long goes through `offload`.
+        """`model` is its name in errors; `codec` makes the same tokens, perhaps sooner; long work goes to `offload`.
 
-        Raises UnsupportedModel if its output cannot be streamed.
+        `formats` says how answers are read. Raises UnsupportedModel if its output cannot be streamed.
         """
         self.formats = formats
-        self._codec = codec
+        self._tokenizer = tokenizer
         self._template = template
         self._model = model
-        self._encode = encode or plain_codec(codec)
-        self._encoder = Encoder(self._encode, cutter_of(codec), offload)
+        self._codec = codec or plain_codec(tokenizer)
+        self._encoder = Encoder(self._codec, cutter_of(tokenizer), offload)
         self._offload = offload
-        self._before, self._after = _tokens_around(codec)
-        self._spelling = spelling_of(codec, model)
-        self._special = {i: token.content for i, token in codec.get_added_tokens_decoder().items() if token.special}
+        self._before, self._after = _tokens_around(tokenizer)
+        self._spelling = spelling_of(tokenizer, model)
+        self._special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._texts: dict[tuple[str, ...] | None, Pieces] = {}  # by the special tokens that are text
 
     @property
     def vocab_size(self) -> int:
-        return self._codec.get_vocab_size(with_added_tokens=True)
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     async def encode_text(self, text: str, at_most: int, add_special_tokens: bool = True) -> Tokens:
         """Tokens of a text; those that the model wants around every text (a `<s>` at the start, say) if not told else.
@@ -81,7 +80,7 @@ class Tokenizer:
 
     def encode_text_nowait(self, text: str, add_special_tokens: bool = True) -> Tokens:
         """For short texts: encodes on the loop, and remembers nothing."""
-        (tokens,) = self._encode([text])
+        (tokens,) = self._codec.encode([text])
         return self._before + tokens + self._after if add_special_tokens else tokens
 
     async def decode(self, tokens: Sequence[int]) -> str:
@@ -92,15 +91,15 @@ class Tokenizer:
 
     def decode_nowait(self, tokens: Sequence[int]) -> str:
         """For few tokens."""
-        return self._codec.decode(list(tokens), skip_special_tokens=False)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def name(self, token: int) -> str:
         """What the tokenizer's files call a token; empty for ids that it does not know."""
-        return self._codec.id_to_token(token) or ""
+        return self._tokenizer.id_to_token(token) or ""
 
     def spell(self, token: int) -> bytes:
         """The bytes of one token, special tokens included; empty for ids that the tokenizer does not know."""
-        piece = self._codec.id_to_token(token)
+        piece = self._tokenizer.id_to_token(token)
         return b"" if piece is None else self._spelling.spell(piece)
 
     def output(
@@ -148,25 +147,25 @@ def load_tokenizer(
             ".save_pretrained(...)"
         )
     try:
-        codec = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise UnreadableModel(f"{path} is no tokenizer that this release can read: {error}") from error
-    codec.no_truncation()
-    codec.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     template = load_template(folder)
     formats = pick(_model_type(folder), "" if template is None else template.source, tool_parser, reasoning_parser)
-    return Tokenizer(codec, template, model, fast_codec(codec), offload, formats)
+    return Tokenizer(tokenizer, template, model, fast_codec(tokenizer), offload, formats)
 
 
 def _model_type(folder: Path) -> str:
     return str(load_json(folder / "config.json").get("model_type", ""))
 
 
-def _tokens_around(codec: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:
+def _tokens_around(tokenizer: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:
     """The special tokens before and after every text, by its post-processor."""
     before: Tokens = array("I")
     after: Tokens = array("I")
-    for step in steps_of(codec.post_processor):
+    for step in steps_of(tokenizer.post_processor):
         inner, outer = _put_around(step)
         before, after = inner + before, after + outer
     return before, after

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import PromptTooLong
 from penstock.serve import encoder
-from penstock.serve.encoder import Encode, Encoder, fast_codec, find_difference, plain_codec, samples
+from penstock.serve.encoder import Codec, Encoder, fast_codec, find_difference, plain_codec, samples
 from penstock.serve.pieces import cutter_of
 from penstock.tokens import Tokens, pack
 from tests.serve.tokenizers_made import TEXT, byte_level, sentencepiece
@@ -28,7 +28,7 @@ class Counting:
 
     def __init__(self, codec: tokenizers.Tokenizer) -> None:
         self.texts: list[str] = []
-        self._encode = plain_codec(codec)
+        self._encode = plain_codec(codec).encode
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         self.texts += texts
@@ -37,7 +37,7 @@ class Counting:
 
 def made(codec: tokenizers.Tokenizer, **options: object) -> tuple[Encoder, Counting]:
     counting = Counting(codec)
-    return Encoder(Encode(counting, inline_chars=1000), cutter_of(codec), **options), counting
+    return Encoder(Codec(counting, inline_chars=1000), cutter_of(codec), **options), counting
 
 
 def plain(codec: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -144,7 +144,7 @@ def test_a_quicker_codec_is_used_where_it_agrees(monkeypatch: pytest.MonkeyPatch
     install(monkeypatch, lambda text: Fake(tokenizers.Tokenizer.from_str(text), "never there"))
     codec = fast_codec(byte_level())
     assert codec is not None
-    assert list(codec([TEXT, "a"])[0]) == plain(byte_level(), TEXT)
+    assert list(codec.encode([TEXT, "a"])[0]) == plain(byte_level(), TEXT)
 
 
 @pytest.mark.parametrize("wrong", ["e\u0301", "<0x0A>", "<|user|>", "\r\n\r\n", "'LL", "ater"])
@@ -170,7 +170,10 @@ def test_the_real_one_agrees_on_bytes() -> None:
     pytest.importorskip("fastokens")
     codec = fast_codec(byte_level())
     assert codec is not None
-    assert find_difference(plain_codec(byte_level()), codec, [TEXT, *TURNS, *samples(sentencepiece())]) is None
+    assert (
+        find_difference(plain_codec(byte_level()).encode, codec.encode, [TEXT, *TURNS, *samples(sentencepiece())])
+        is None
+    )
 
 
 def test_the_real_one_takes_text_for_bytes_and_is_not_used() -> None:
