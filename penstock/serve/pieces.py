@@ -6,14 +6,14 @@ A tokenizer works in steps, and a cut is safe where no step looks across it. The
    lies between them is normalized, searched for the rest of them, split and encoded on its own. So the cut must find
    the same tokens. Those of the second search are left alone where there is a normalizer. Tokens that take the spaces
    around them along, or must stand alone as words, look at their neighbours: with any such token there are no cuts.
-2. In a long stretch of text, before the space of "a b": a space between two ASCII letters. This needs a pre-tokenizer
-   that is known to split there whatever lies around it, of byte-level BPE: in none of the regular expressions below can
-   a match hold a letter followed by a space, so one ends there, and none looks behind itself. Lookahead is used only
-   at the end of spaces, of which there are none before the cut. NFC changes neither letters, nor the space, nor
-   what they touch. No added token may hold a letter followed by a space.
+   What is done to the first word of a text alone (Metaspace with `prepend_scheme` first) is done in its first piece
+   alone, as the others begin with an added token.
+2. In a long stretch of text, between an ASCII letter and a space. This needs a pre-tokenizer of byte-level BPE that is
+   known to split there: in none of the regular expressions below can a match hold a letter followed by a space, so one
+   ends there, and none looks behind itself. They look ahead only at the end of spaces, and before the cut there are
+   none. NFC composes neither of the two with the other. No added token may hold a letter followed by a space.
 
-Nothing is cut where the first piece of a text differs from the later ones (Metaspace with `prepend_scheme` first), and
-where chance decides (dropout).
+Nothing is cut where chance decides (dropout).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 PIECE_CHARS = 128  # in a piece, if not in the last one
 STRETCH_CHARS = 1024  # from a cut to the next one before a space, if not a little more
 
-_BEFORE_SPACE = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_LETTER_SPACE = re.compile(r"[A-Za-z] ")
+_BEFORE_SPACE = re.compile(r"[A-Za-z](?= )")
 
+_LOCAL = ("ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "Whitespace", "WhitespaceSplit")  # pre-tokenizers
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
 _CASED_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+%s|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*%s|"
@@ -105,7 +105,7 @@ def _with_spaces(text: str, ends: Sequence[int]) -> Iterator[int]:
             found = _BEFORE_SPACE.search(text, start + STRETCH_CHARS, end)
             if found is None:
                 break
-            start = found.start()
+            start = found.end()
             yield start
         yield end
         start = end
@@ -122,7 +122,7 @@ def cutter_of(tokenizer: tokenizers.Tokenizer) -> Cutter:
         first=_any_of(token.content for token in added if not token.normalized),
         second=None if has_normalizer else _any_of(token.content for token in added if token.normalized),
         is_split_at_spaces=_splits_before_spaces(tokenizer)
-        and not any(_LETTER_SPACE.search(token.content) for token in added),
+        and not any(_BEFORE_SPACE.search(token.content) for token in added),
     )
 
 
@@ -138,16 +138,7 @@ def _is_alike_everywhere(tokenizer: tokenizers.Tokenizer) -> bool:
     model = tokenizer.model
     if not isinstance(model, BPE | Unigram) or (isinstance(model, BPE) and model.dropout):
         return False
-    return all(map(_is_local, steps_of(tokenizer.pre_tokenizer)))
-
-
-def _is_local(step: Step) -> bool:
-    match step:
-        case {"type": "ByteLevel" | "Split" | "Digits" | "Punctuation" | "Whitespace" | "WhitespaceSplit"}:
-            return True
-        case {"type": "Metaspace", "prepend_scheme": "always" | "never"}:
-            return True
-    return False
+    return all(step["type"] in _LOCAL for step in steps_of(tokenizer.pre_tokenizer))
 
 
 def _splits_before_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
