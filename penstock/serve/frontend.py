@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 class TokenStream(Protocol):
     """One request's output. `timeline` is what the workers have told so far, None before the first token.
 
-    `prompt_logprobs` are those of the prompt's tokens but the first, where they were asked for, with the first token.
+    `prompt_logprobs` are those of the prompt's tokens but the first, if asked for; they come with the first token.
     """
 
     timeline: Timeline | None
@@ -491,9 +491,8 @@ async def _each(answer: Answer, follow: Callable[[Choice], Awaitable[None]]) -> 
         return
 
     async def in_turn(choice: Choice) -> None:
-        leader = answer.leader_of(choice)
-        if choice is not leader:
-            await leader.has_begun.wait()
+        if choice.leader is not None:
+            await choice.leader.has_begun.wait()
         await follow(choice)
 
     async with asyncio.TaskGroup() as group:
