@@ -25,6 +25,7 @@ WORDS = (
     "devices",
     "errors",
     "fabric",
+    "grammar",
     "kv_events",
     "measures",
     "metrics",

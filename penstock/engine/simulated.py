@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -54,7 +55,7 @@ class _Sizes(msgspec.Struct):
 
 
 class SimulatedEngine:
-    """Meets the Engine port. Of sampling only the seed matters, and whether the temperature is 0."""
+    """Meets the Engine port. Of sampling only the seed matters, whether the temperature is 0, and `min_tokens`."""
 
     def __init__(self, options: Options) -> None:
         self._options = options = _complete(options)
@@ -132,7 +133,7 @@ class SimulatedEngine:
         length = part.start + len(part.tokens)
         fingerprints = memory[np.asarray(part.blocks), 0].reshape(-1)[:length]
         digest = int(np.dot(fingerprints, self._weights[:length]))
-        return _token(digest, length, part.sampling, self._options)
+        return _token(digest, length, part.sampling, length - part.past.prompt_tokens, self._options)
 
 
 def _next(part: Slice, token: Token) -> Slice:
@@ -156,7 +157,7 @@ def expected_tokens(prompt: Sequence[int], sampling: Sampling, options: Options)
         digest = (digest + before * int(weights[position])) & _MASK
     output: list[int] = []
     while len(output) < sampling.max_tokens and len(tokens) < options.max_context_tokens:
-        token = _token(digest, len(tokens), sampling, options).id
+        token = _token(digest, len(tokens), sampling, len(output), options).id
         output.append(token)
         before = _fingerprint(before, token)
         digest = (digest + before * int(weights[len(tokens)])) & _MASK if len(tokens) < len(weights) else digest
@@ -207,12 +208,22 @@ def _read(memory: Words, blocks: Sequence[BlockId], position: int) -> int:
     return int(memory[blocks[block], 0, offset])
 
 
-def _token(digest: int, position: int, sampling: Sampling | None, options: Options) -> Token:
+def _token(digest: int, position: int, sampling: Sampling | None, outputs: int, options: Options) -> Token:
+    """`outputs` tokens of the sequence are output."""
     salt = 0
     if sampling is not None and sampling.temperature > 0:
         salt = mix(sampling.seed & _MASK) ^ mix(sampling.choice + 1)
     drawn = mix((digest + position) & _MASK ^ salt)
-    return Token(options.first_token + drawn % (options.vocab_size - options.first_token))
+    token = options.first_token + drawn % (options.vocab_size - options.first_token)
+    if sampling is not None and outputs < sampling.min_tokens and token in sampling.stop_token_ids:
+        token = _other(token, sampling.stop_token_ids, options)
+    return Token(token)
+
+
+def _other(token: int, banned: Sequence[int], options: Options) -> int:
+    """The next one after `token` that is not banned; itself if all are."""
+    later = chain(range(token + 1, options.vocab_size), range(options.first_token, token))
+    return next((other for other in later if other not in banned), token)
 
 
 ENGINE = SimulatedEngine

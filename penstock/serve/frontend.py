@@ -50,7 +50,7 @@ from penstock.serve.answer import Answer, Choice, Manner, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.generation_config import NO_DEFAULTS, Defaults
 from penstock.serve.http import Exchange, Receive, Scope, Send
-from penstock.serve.intake import check_needs, echoes_of, encode_prompts, requests_of, sampling_of
+from penstock.serve.intake import check_needs, encode_prompts, requests_of, sampling_of, told_of
 from penstock.serve.keys import Keys
 from penstock.serve.openai import Dialect, Heading
 from penstock.serve.pulse import Pulse
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 class TokenStream(Protocol):
     """One request's output. `timeline` is what the workers have told so far, None before the first token.
 
-    `prompt_logprobs` are those of the prompt's tokens but the first, where they were asked for, with the first token.
+    `prompt_logprobs` are those of the prompt's tokens but the first, if asked for; they come with the first token.
     """
 
     timeline: Timeline | None
@@ -303,7 +303,7 @@ class Frontend:
         requests = requests_of(ask, prompts, card, dialect.default_tokens or defaults.max_new_tokens, like)
         heading = Heading(dialect.id_prefix + exchange.id, int(wall_s()), ask.model)
         manner = Manner(ask, dialect, heading, tokenizer, self.metrics.model(ask.model), arrived_s)
-        answer = Answer(manner, requests, await echoes_of(ask, prompts, tokenizer))
+        answer = Answer(manner, requests, await told_of(ask, prompts, tokenizer))
         self._remember(exchange.name, answer)
         return answer
 
@@ -491,9 +491,8 @@ async def _each(answer: Answer, follow: Callable[[Choice], Awaitable[None]]) -> 
         return
 
     async def in_turn(choice: Choice) -> None:
-        leader = answer.leader_of(choice)
-        if choice is not leader:
-            await leader.has_begun.wait()
+        if choice.leader is not None:
+            await choice.leader.has_begun.wait()
         await follow(choice)
 
     async with asyncio.TaskGroup() as group:
