@@ -286,19 +286,20 @@ class Bench:
         self._names = iter(range(sys.maxsize))
         engine.attach(self._region)
 
-    async def decode(self, batch: int, guide: str | None) -> float:
-        """Milliseconds a step, sampled; the step that computes the prompts and compiles does not count."""
+    async def decode(self, batch: int, guide: str | None) -> list[float]:
+        """Milliseconds of each step, sampled; the step that computes the prompts and compiles does not count."""
         sampling = Sampling(max_tokens=STEPS, guide=GUIDES[guide] if guide else None)
         pasts = [Past(f"s{next(self._names)}", array("I", [7] * PROMPT_TOKENS), PROMPT_TOKENS) for _ in range(batch)]
         tables = [[BlockId(b) for b in range(row * self._each, (row + 1) * self._each)] for row in range(batch)]
         parts = list(zip(pasts, tables, strict=True))
         await self._step([Slice(past.tokens[:], 0, table, sampling, past) for past, table in parts])
-        started_s = time.perf_counter()
+        taken = []
         for _ in range(STEPS):
-            await self._step(
-                [Slice(past.tokens[-1:], len(past.tokens) - 1, table, sampling, past) for past, table in parts]
-            )
-        return 1e3 * (time.perf_counter() - started_s) / STEPS
+            slices = [Slice(past.tokens[-1:], len(past.tokens) - 1, table, sampling, past) for past, table in parts]
+            started_s = time.perf_counter()
+            await self._step(slices)
+            taken.append(1e3 * (time.perf_counter() - started_s))
+        return taken
 
     async def _step(self, slices: list[Slice]) -> None:
         for part, token in zip(slices, await self._engine.step(Step(self._region, slices)), strict=True):
