@@ -39,8 +39,9 @@ class EngineInfo:
 class Slice:
     """What one sequence contributes to a step: `tokens`, the first of them at position `start`.
 
-    `blocks` is its block table, long enough for `start + len(tokens)` tokens. Positions before `start` have been
-    computed; the engine writes KV of the rest into the table's blocks, and no other byte of the region.
+    `blocks` is its block table, long enough for `start + len(tokens)` tokens, with holes where no token from `start` on
+    reads. Positions before `start` have been computed; the engine writes KV of the rest into the table's blocks, and no
+    other byte of the region.
     With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position.
     """
 

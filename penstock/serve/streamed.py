@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from msgspec.structs import replace
 
 from penstock import clock
-from penstock.blocks import BlockId, Region
+from penstock.blocks import HOLE, BlockId, Region
 from penstock.errors import ConnectionLost, Refused
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Token
@@ -74,7 +74,7 @@ class Streamer:
             await admitted.wait()
             job.started_s, cached = clock.now(), run.computed
             # Connected before anything is granted, so that the owner knows of every writer.
-            async with self._connect(job, "push", len(resident.hashes) + 1) as conduit:
+            async with self._connect(job, "push", self._region.layout.blocks_for(len(tokens) + 1)) as conduit:
                 job.call.send(Begin(self._chunk_tokens, conduit.transfer))
                 if not await job.wait_granted():
                     return
@@ -122,22 +122,27 @@ class Streamer:
 
         Where that fails the prefix is computed.
         """
-        size = self._region.layout.block_tokens
+        layout, size = self._region.layout, self._region.layout.block_tokens
         mine, held = resident.cached_tokens() // size, job.ask.held_tokens // size
         if held <= mine or not self._is_worth_fetching(job, held - mine):
             return 0
         found = resident.match()
-        taken = self._cache.take(max(0, min(held - len(found), self._stepper.spare_blocks)))
+        wanted = layout.kept(range(len(found), layout.entries_for(held * size)), held * size)
+        taken = self._cache.take(max(0, min(len(wanted), self._stepper.spare_blocks)))
         try:
             pinned = await job.hold()
-            pairs = list(zip(taken, pinned[len(found) :], strict=False))
-            async with self._connect(job, "fetch", len(pairs)) as conduit:
-                conduit.read(pairs)
+            fetched = [
+                (entry, (block, pinned[entry]))
+                for entry, block in zip(wanted, taken, strict=False)
+                if entry < len(pinned) and pinned[entry] != HOLE
+            ]
+            async with self._connect(job, "fetch", len(fetched)) as conduit:
+                conduit.read([pair for _, pair in fetched])
                 await conduit.flush()
             await job.release()
-            for index, (block, _) in enumerate(pairs, len(found)):
-                resident.publish_block(index, block)
-            return len(pairs) * size
+            for entry, (block, _) in fetched:
+                resident.publish_block(entry, block)
+            return (1 + fetched[-1][0] // len(layout.keeps)) * size - mine * size if fetched else 0
         except (ConnectionLost, Refused) as error:
             log.info("a prefix of %s is computed, since it cannot be fetched: %s", job.ask.request, error)
             return 0
@@ -146,10 +151,10 @@ class Streamer:
             self._stepper.wake()
 
     def _is_worth_fetching(self, job: Job, blocks: int) -> bool:
-        """Whether the link is expected to beat the engine."""
+        """Whether the link is expected to beat the engine, for so many blocks of each group."""
         tokens_per_s = self._stepper.pace.prefill_tokens_per_s
         compute_s = blocks * self._region.layout.block_tokens / tokens_per_s if tokens_per_s else 0.0
-        return self._paths.expect_s(job.ask.offers, blocks) < compute_s
+        return self._paths.expect_s(job.ask.offers, blocks * len(self._region.layout.keeps)) < compute_s
 
 
 class _WriteThrough:
@@ -161,7 +166,7 @@ class _WriteThrough:
         self._job = job
         self._cache = cache
         self._held: list[BlockId] = []
-        self._next: int | None = None  # block of the table, counted from the first
+        self._next: int | None = None  # entry of the block table
 
     def push(self, conduit: Conduit) -> bool:
         """Hands over what is computed, granted and not yet handed over; True if that was the rest.
@@ -171,16 +176,17 @@ class _WriteThrough:
         job, run, granted = self._job, self.resident.run, self._job.granted
         if granted is None:
             return False
-        size = run.region.layout.block_tokens
-        first = granted.start // size if self._next is None else self._next
-        ready = len(run.blocks) if job.first is not None else run.computed // size
+        size, width = run.region.layout.block_tokens, len(run.region.layout.keeps)
+        first = granted.start // size * width if self._next is None else self._next
+        ready = len(run.blocks) if job.first is not None else run.computed // size * width
         end = max(first, min(ready, len(granted.blocks)))
-        fresh = run.blocks[first:end]
+        fresh = [pair for pair in zip(run.blocks[first:end], granted.blocks[first:end], strict=True) if pair[1] != HOLE]
         if fresh:
-            self._cache.hold(fresh)
-            self._held += fresh
+            held = [here for here, _ in fresh]
+            self._cache.hold(held)
+            self._held += held
             self.blocks += len(fresh)
-            conduit.write(list(zip(fresh, granted.blocks[first:end], strict=True)))
+            conduit.write(fresh)
         self._next = end
         return job.first is not None and end == len(run.blocks)
 

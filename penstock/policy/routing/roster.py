@@ -203,7 +203,7 @@ class Roster:
             streams=load[1],
             used_blocks=load[2],
             blocks=np.array([float(member.blocks) for member in members]),
-            block_tokens=np.array([float(member.layout.block_tokens) for member in members]),
+            block_tokens=np.array([member.layout.tokens_per_block for member in members]),
             prefill_tokens_per_s=np.full(len(members), PRIOR_TOKENS_PER_S),
             decode_step_s=np.full(len(members), PRIOR_STEP_S),
             prices=np.zeros((4, len(members))),
