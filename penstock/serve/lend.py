@@ -330,8 +330,8 @@ class Borrowing:
 
     @property
     def wanted_blocks(self) -> int:
-        """Under the lease."""
-        return self._blocks_up_to(self.wanted_tokens)
+        """Under the lease. One at least: for the first grant the writer waits, whatever it may be sent at the end."""
+        return max(1, self._blocks_up_to(self.wanted_tokens))
 
     @property
     def granted_blocks(self) -> int:
