@@ -12,18 +12,37 @@ FinishReason = Literal["stop", "length", "abort"]
 Label = tuple[str, str]  # of a worker: name and value, such as zone and a
 
 
+class Guide(msgspec.Struct, frozen=True):
+    """What the output must look like. `text` is the schema, as JSON, or the expression, or the grammar."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    text: str = ""  # of "choice": a JSON array of strings; of "json_object": nothing
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How output tokens are chosen. Randomness is a function of (seed, choice, position) alone."""
+    """How output tokens are chosen; names and meanings are vLLM's.
+
+    A token is a function of the logits, of this, of the tokens before it and of (seed, choice, position) alone.
+    """
 
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # in (0, 1]
     top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # in [0, 1]: drops tokens that are less likely than the likeliest times this
+    repetition_penalty: float = 1.0  # over 0; above 1 makes tokens of prompt and output less likely
+    presence_penalty: float = 0.0  # in [-2, 2]: taken from the logits of tokens that the output has
+    frequency_penalty: float = 0.0  # in [-2, 2]: the same, once for each time
     seed: int = 0  # the frontend draws one where the client gave none
     choice: int = 0  # index among the choices of one request
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # as long as the output is shorter, no token that would end it is chosen
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens whose last is not chosen after the others
     logprobs: int | None = None  # None: none; n: the chosen token's and the n likeliest
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens but the first
+    guide: Guide | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):

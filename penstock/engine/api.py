@@ -7,6 +7,7 @@ port at the level of whole sequences instead.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -14,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from penstock.blocks import BlockId, KvLayout, Region
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
+from penstock.tokens import Tokens
 
 FEATURES = ("logprobs", "sampling")  # what an engine may lack; requests that need it are refused with a 400
 
@@ -36,19 +38,41 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """A sequence up to the token that is sampled next. `tokens` grows with the sequence: it is read during a step only.
+
+    `sequence` names it for as long as this worker has it, so that an engine may keep the state of a grammar or counts
+    of tokens from step to step. They can always be found again from the tokens alone.
+    """
+
+    sequence: str
+    tokens: Tokens
+    prompt_tokens: int  # the first so many are the prompt, the others output
+
+    @property
+    def output(self) -> Tokens:
+        return self.tokens[self.prompt_tokens :]
+
+
+NO_PAST = Past("", array("I"), 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """What one sequence contributes to a step: `tokens`, the first of them at position `start`.
 
     `blocks` is its block table, long enough for `start + len(tokens)` tokens, with holes where no token from `start` on
     reads. Positions before `start` have been computed; the engine writes KV of the rest into the table's blocks, and no
     other byte of the region.
-    With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position.
+    With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position. What that may
+    depend on besides the logits is in `past`.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[BlockId]
     sampling: Sampling | None = None
+    past: Past = NO_PAST
 
 
 @dataclass(frozen=True, slots=True)

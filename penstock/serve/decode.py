@@ -16,6 +16,7 @@ import msgspec
 
 from penstock import clock
 from penstock.cluster import Member
+from penstock.engine.api import Past
 from penstock.errors import BadRequest, DeadlineExceeded, Overloaded, PenstockError, PromptTooLong, WorkerDraining
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.routing import is_worth_asking
@@ -171,7 +172,7 @@ class Decoder:
         sampling = request.sampling
         run = Run(
             region=self._shared.region,
-            tokens=tokens,
+            past=Past(request.id, tokens, request.prompt_tokens),
             sampling=sampling,
             on_step=lambda sampled: self._on_step(sequence, sampled),
             on_error=lambda error: _fail(sequence, error),
@@ -230,6 +231,7 @@ class Decoder:
             writer=hop.incarnation,
             alive_s=self._lender.options.lease_s / BEATS_PER_LEASE,
             salt=request.salt,
+            output_tokens=sequence.outputs,
             held_tokens=sequence.resident.cached_tokens(),
         )
         async with peer.call("prefill", ask) as call:

@@ -51,6 +51,7 @@ class PrefillAsk(msgspec.Struct, frozen=True):
     alive_s: float
     salt: str = ""
     held_tokens: int = 0  # that the asker's cache holds
+    output_tokens: int = 0  # so many of the last tokens are output already, of a sequence that continues here
 
     @property
     def region(self) -> tuple[str, int]:

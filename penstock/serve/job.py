@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from penstock import clock
 from penstock.blocks import BlockId
+from penstock.engine.api import Past
 from penstock.errors import LeaseLost, PenstockError
 from penstock.request import Token
 from penstock.serve.handoff import (
@@ -29,7 +30,7 @@ from penstock.serve.handoff import (
 )
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run
-from penstock.tokens import count
+from penstock.tokens import count, unpack
 
 T = TypeVar("T")
 
@@ -59,6 +60,10 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         return count(self.ask.tokens)
+
+    def past(self) -> Past:
+        """The sequence so far, with room to grow."""
+        return Past(self.ask.request, unpack(self.ask.tokens), self.prompt_tokens - self.ask.output_tokens)
 
     def on_step(self, sampled: Sequence[Token]) -> None:
         if sampled:

@@ -24,7 +24,7 @@ from penstock.serve.paths import Paths
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
 from penstock.serve.streamed import Streamer, outlast
-from penstock.tokens import count, unpack
+from penstock.tokens import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class Prefiller:
         job.call.send(job.done(len(run.tokens) - start))
 
     def _host(self, job: Job, region: Region) -> Run:
-        run = Run(region, unpack(job.ask.tokens), job.ask.sampling, job.on_step, job.on_error)
+        run = Run(region, job.past(), job.ask.sampling, job.on_step, job.on_error)
         self._use_grants(job, run)
         if job.granted is not None:
             run.computed = job.granted.start

@@ -18,7 +18,7 @@ from typing import TypeVar
 from penstock import clock
 from penstock.blocks import BlockId, Region
 from penstock.cluster import StepPrices
-from penstock.engine.api import Engine, MultiStepEngine, Slice, Step
+from penstock.engine.api import Engine, MultiStepEngine, Past, Slice, Step
 from penstock.errors import OutOfBlocks, PenstockError
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
@@ -44,7 +44,7 @@ class Run:
     """
 
     region: Region
-    tokens: Tokens
+    past: Past  # its tokens are the sequence, to which its owner appends what is sampled
     sampling: Sampling
     on_step: Callable[[Sequence[Token]], None]
     on_error: Callable[[PenstockError], None]
@@ -55,6 +55,10 @@ class Run:
     computed: int = 0
     blocks: list[BlockId] = field(default_factory=list)  # its block table, with holes where nothing is read any more
     preemptions: int = 0
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.past.tokens
 
     @property
     def pending(self) -> int:
@@ -407,8 +411,9 @@ def _want(run: Run) -> Want:
 
 def _slice(run: Run, tokens: int) -> Slice:
     end = run.computed + tokens
-    is_last = end == len(run.tokens)
-    return Slice(run.tokens[run.computed : end], run.computed, run.blocks, run.sampling if is_last else None)
+    if end < len(run.tokens):
+        return Slice(run.tokens[run.computed : end], run.computed, run.blocks)
+    return Slice(run.tokens[run.computed :], run.computed, run.blocks, run.sampling, run.past)
 
 
 async def _finish(step: Coroutine[None, None, T]) -> T:

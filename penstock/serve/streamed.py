@@ -23,7 +23,6 @@ from penstock.serve.job import Job
 from penstock.serve.paths import Conduit, Paths
 from penstock.serve.resident import Resident
 from penstock.serve.stepper import Run, Stepper
-from penstock.tokens import unpack
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +61,7 @@ class Streamer:
                 self._stepper.leave(run, lambda: None)  # it keeps its blocks, and nobody may preempt it now
             job.on_step(sampled)
 
-        tokens, sampling = unpack(job.ask.tokens), job.ask.sampling
-        run = Run(self._region, tokens, sampling, on_step, job.on_error, on_admit, job.progress.set)
+        run = Run(self._region, job.past(), job.ask.sampling, on_step, job.on_error, on_admit, job.progress.set)
         resident = Resident(run, self._cache, self._region.layout, job.ask.salt)
         fetched = await self._fetch(job, resident)
         job.run = run
