@@ -307,9 +307,11 @@ class Stepper:
             return 1
         steps = min(1 if run.may_stop or run.pending > 1 else run.most_tokens - len(run.tokens) for run, _ in chosen)
         room = self._cache.available - self._leases.promised_blocks
-        entries_for = self._region.layout.entries_for
+        layout = self._region.layout
+        if layout.has_windows:  # they give back only between calls
+            steps = min(steps, layout.block_tokens)
         while steps > 1:
-            lacking = [max(0, entries_for(run.computed + steps) - len(run.blocks)) for run, _ in chosen]
+            lacking = [max(0, layout.entries_for(run.computed + steps) - len(run.blocks)) for run, _ in chosen]
             if sum(lacking) <= room:
                 for (run, _), need in zip(chosen, lacking, strict=True):
                     if need:

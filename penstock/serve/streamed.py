@@ -72,7 +72,7 @@ class Streamer:
             await admitted.wait()
             job.started_s, cached = clock.now(), run.computed
             # Connected before anything is granted, so that the owner knows of every writer.
-            async with self._connect(job, "push", self._region.layout.blocks_for(len(tokens) + 1)) as conduit:
+            async with self._connect(job, "push", self._region.layout.blocks_for(len(run.tokens) + 1)) as conduit:
                 job.call.send(Begin(self._chunk_tokens, conduit.transfer))
                 if not await job.wait_granted():
                     return
