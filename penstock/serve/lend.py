@@ -134,7 +134,7 @@ class Lender:
         Nobody has more than a part of the room ahead of what is here, and nobody waits for writers that are slow for
         reasons of their own: only while as much arrives as ever did. Who lacks less than a part does not wait at all.
         """
-        line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.lacking_blocks)
+        line = sorted((each for each in self._lent.values() if each.transfer), key=lambda each: each.ungranted_blocks)
         incoming = sum(borrowing.incoming_blocks for borrowing in line)
         most = self._window_blocks
         part = max(1, most // min(_SIDE_BY_SIDE, max(1, len(line))))
@@ -341,6 +341,11 @@ class Borrowing:
     def lacking_blocks(self) -> int:
         """Of the whole prompt, not here yet."""
         return len(self.entries) - self.moved_blocks
+
+    @property
+    def ungranted_blocks(self) -> int:
+        """Of the whole prompt. Who has the fewest keeps its lead, while blocks arrive from all in turn."""
+        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.granted_blocks
 
     @property
     def incoming_blocks(self) -> int:

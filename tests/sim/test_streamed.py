@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from statistics import mean
 
 import pytest
 
@@ -12,6 +13,7 @@ from penstock.policy.batching import Limits
 from penstock.policy.routing.api import Ask, Choice, Fleet, Route
 from penstock.request import Request, Sampling, Timeline
 from penstock.serve.lend import LendOptions
+from penstock.serve.prefill import PrefillOptions
 from penstock.serve.worker import WorkerOptions
 from penstock.sim.loop import run_virtual
 from penstock.sim.transport import STALLED_S
@@ -466,6 +468,30 @@ def test_many_writers_are_granted_no_more_than_arrives_and_do_not_all_wait_for_a
             await world.settle()
 
     run_virtual(story())
+
+
+def mean_wait_of_eight(incoming_blocks: int) -> float:
+    """Until the KV of eight equal prompts, computed at once by as many writers, came through one link of 10 s."""
+
+    async def story() -> float:
+        lend = LendOptions(incoming_bytes=incoming_blocks * 16 * TOKEN_BYTES, lease_s=60.0)
+        prefill = PrefillOptions(chunk_tokens=64)
+        worker = WorkerOptions("", 0, limits=Limits(step_tokens=64), prefill=prefill, lend=lend)
+        names = [f"prefill-{number}" for number in range(8)]
+        policy = by_turns(*(through(name, "decode-0") for name in names))
+        async with streamed(
+            prefill=8, policy=policy, worker=worker, engine=EngineOptions(prefill_token_s=1e-3)
+        ) as world:
+            for name in names:
+                throttle(world, 8 * PROMPT * TOKEN_BYTES / 10, name)
+            answers = await asyncio.gather(*(world.ask(tokens=PROMPT) for _ in names))
+            return mean(answer.ended_s for answer in answers)
+
+    return run_virtual(story())
+
+
+def test_writers_that_begin_together_and_are_equally_fast_come_one_after_the_other() -> None:
+    assert mean_wait_of_eight(16) < 0.7 * mean_wait_of_eight(1 << 20)
 
 
 def with_a_prefix_at_decode(ways: tuple[str, ...], link_bytes_per_s: float) -> Timeline:
