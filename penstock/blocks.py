@@ -69,7 +69,7 @@ class KvLayout(msgspec.Struct, frozen=True):
 
     @property
     def has_windows(self) -> bool:
-        return any(keeps != "all" for keeps in self.keeps)
+        return self.keeps.count("all") < len(self.keeps)
 
     @property
     def reads(self) -> tuple[int | None, ...]:

@@ -122,7 +122,8 @@ class Lender:
 
         Raises LeaseLost, or OutOfBlocks if decodes took what was promised.
         """
-        borrowing.wanted_tokens = max(borrowing.wanted_tokens, tokens)
+        # One at least: for the first grant the writer waits, whatever may be sent of these tokens.
+        borrowing.wanted_blocks = max(1, borrowing.blocks_up_to(tokens))
         if borrowing.transfer:
             self.share_out()
         else:
@@ -170,6 +171,7 @@ class Lender:
         blocks = [block for _, block in done]
         self._leases.commit_some(clock.now(), lease.id, blocks)
         borrowing.entries = [entry for entry in borrowing.entries if entry not in gone]
+        borrowing.wanted_blocks -= len(blocks)
         for entry, block in done:
             borrowing.resident.publish_block(entry, block)
         self.release(blocks)
@@ -177,7 +179,7 @@ class Lender:
             self._grant(borrowing, lease, borrowing.wanted_blocks)
 
     def release(self, blocks: Sequence[BlockId]) -> None:
-        """Pinned ones, that nobody reads any more."""
+        """Those that are neither lent nor read any more."""
         self._cache.release(blocks)
         self._stepper.wake()
 
@@ -312,7 +314,7 @@ class Borrowing:
         self.pinned: list[BlockId] = []
         self.entries: Sequence[int] = ()  # of the block table, that blocks are or will be lent for
         self.transfer = ""  # that may write; none: the writer computes in place
-        self.wanted_tokens = 0
+        self.wanted_blocks = 0  # under the lease
         self.committed_tokens = 0  # what no token after them reads is not lent any more
         self.computed_blocks = 0  # of those wanted
         self.moved_blocks = 0
@@ -329,11 +331,6 @@ class Borrowing:
         return len(self.pinned) // len(layout.keeps) * layout.block_tokens
 
     @property
-    def wanted_blocks(self) -> int:
-        """Under the lease. One at least: for the first grant the writer waits, whatever it may be sent at the end."""
-        return max(1, self._blocks_up_to(self.wanted_tokens))
-
-    @property
     def granted_blocks(self) -> int:
         return len(self.lease.blocks) if self.lease is not None else 0
 
@@ -345,12 +342,16 @@ class Borrowing:
     @property
     def ungranted_blocks(self) -> int:
         """Of the whole prompt. Who has the fewest keeps its lead, while blocks arrive from all in turn."""
-        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.granted_blocks
+        return len(self.entries) - self.granted_blocks
 
     @property
     def incoming_blocks(self) -> int:
         """On their way: granted, computed, and not in place."""
         return max(0, min(self.granted_blocks, self.computed_blocks) - self.moved_blocks)
+
+    def blocks_up_to(self, tokens: int) -> int:
+        """Of those that are or will be lent."""
+        return bisect_left(self.entries, self._lender.layout.entries_for(tokens))
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
@@ -441,16 +442,12 @@ class Borrowing:
     def _note_moved(self, message: Wrote) -> None:
         if not self.transfer and self.lease is not None:
             self._lender.commit_behind(self, self.lease, min(message.tokens, self.tokens))
-        self.computed_blocks = self._blocks_up_to(message.tokens)
+        self.computed_blocks = self.blocks_up_to(message.tokens)
         if message.moved > self.moved_blocks:
             self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved
             self._engine = None  # blocks arrive: it waits for the wire
             self._lender.share_out()
-
-    def _blocks_up_to(self, tokens: int) -> int:
-        """Of those that are or will be lent."""
-        return bisect_left(self.entries, self._lender.layout.entries_for(tokens))
 
     def _release_held(self) -> None:
         held, self.held = self.held, []

@@ -96,6 +96,7 @@ class Stepper:
         self._engine = engine
         self._multi_step = engine if isinstance(engine, MultiStepEngine) else None
         self._region = region
+        self._has_windows = region.layout.has_windows
         self._cache = cache
         self._leases = leases
         self._limits = limits
@@ -154,8 +155,12 @@ class Stepper:
 
         Leases leave them alone, or a long prompt would wait for as long as short ones come.
         """
-        width = len(self._region.layout.keeps)
-        return sum(max(width, self._lacking(run)) for run in (*self._running, *self._waiting[:1]))
+        layout, width = self._region.layout, len(self._region.layout.keeps)
+        next_up = (*self._running, *self._waiting[:1])
+        lacking = [layout.entries_for(len(run.tokens)) - len(run.blocks) for run in next_up]
+        if self._has_windows:
+            lacking = [min(pair) for pair in zip(lacking, map(self._most_at_a_time, next_up), strict=True)]
+        return sum(max(width, blocks) for blocks in lacking)
 
     @property
     def spare_blocks(self) -> int:
@@ -270,14 +275,11 @@ class Stepper:
         if run.on_preempt is not None:
             run.on_preempt()
 
-    def _lacking(self, run: Run) -> int:
-        """Blocks that a run needs, until its tokens are computed, beyond those that it has."""
+    def _most_at_a_time(self, run: Run) -> int:
+        """Blocks that a run takes, beyond those that it has, until its tokens are computed, if it gives back others."""
         layout = self._region.layout
-        entries = layout.entries_for(len(run.tokens)) - len(run.blocks)
-        if not layout.has_windows or run.pending <= 1:
-            return entries
         held = len(run.blocks) - layout.holes(run.computed)
-        return min(entries, layout.blocks_for(len(run.tokens), self._limits.step_tokens) - held)
+        return layout.blocks_for(len(run.tokens), self._limits.step_tokens) - held
 
     def _give_blocks(self, run: Run, tokens: int) -> int:
         """Makes room for the next `tokens` tokens; returns how many can be computed, 0 if blocks ran out."""
@@ -308,7 +310,7 @@ class Stepper:
         steps = min(1 if run.may_stop or run.pending > 1 else run.most_tokens - len(run.tokens) for run, _ in chosen)
         room = self._cache.available - self._leases.promised_blocks
         layout = self._region.layout
-        if layout.has_windows:  # they give back only between calls
+        if self._has_windows:  # they give back only between calls
             steps = min(steps, layout.block_tokens)
         while steps > 1:
             lacking = [max(0, layout.entries_for(run.computed + steps) - len(run.blocks)) for run, _ in chosen]

@@ -20,7 +20,7 @@ from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Token
 from penstock.serve.handoff import Begin
 from penstock.serve.job import Job
-from penstock.serve.paths import Conduit, Paths
+from penstock.serve.paths import Conduit, Pairs, Paths
 from penstock.serve.resident import Resident
 from penstock.serve.stepper import Run, Stepper
 
@@ -178,15 +178,20 @@ class _WriteThrough:
         first = granted.start // size * width if self._next is None else self._next
         ready = len(run.blocks) if job.first is not None else run.computed // size * width
         end = max(first, min(ready, len(granted.blocks)))
-        fresh = [pair for pair in zip(run.blocks[first:end], granted.blocks[first:end], strict=True) if pair[1] != HOLE]
-        if fresh:
-            held = [here for here, _ in fresh]
-            self._cache.hold(held)
-            self._held += held
-            self.blocks += len(fresh)
-            conduit.write(fresh)
+        if end > first:
+            self._write(conduit, list(zip(run.blocks[first:end], granted.blocks[first:end], strict=True)))
         self._next = end
         return job.first is not None and end == len(run.blocks)
+
+    def _write(self, conduit: Conduit, entries: Pairs) -> None:
+        """Hands over what is not a hole there."""
+        pairs = [pair for pair in entries if pair[1] != HOLE]
+        if pairs:
+            held = [here for here, _ in pairs]
+            self._cache.hold(held)
+            self._held += held
+            self.blocks += len(pairs)
+            conduit.write(pairs)
 
     def release(self) -> None:
         """Once the pipe is flushed or left."""
