@@ -41,20 +41,41 @@ _COMMON: dict[str, Any] = {
 }
 _HYBRID = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {  # head_dim is that of the rotation here
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
     "qwen3_moe": _EXPERTS,
     "mistral": {"sliding_window": WINDOW},
+    "mixtral": _EXPERTS,
     "gemma2": _HYBRID | {"attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
     "gemma3_text": _HYBRID | {"query_pre_attn_scalar": 16},
     "gpt_oss": _HYBRID | _EXPERTS,
+    "deepseek_v2": _LATENT | _EXPERTS | _ROUTED,
+    "deepseek_v3": _LATENT | _EXPERTS | _ROUTED,
     "phi3": {},
+    "glm4": {},
+    "glm4_moe": _EXPERTS | _ROUTED,
+    "olmo2": {"initializer_range": 1.0},
+    "granite": {},
+    "cohere2": _HYBRID,
+    "starcoder2": {"sliding_window": WINDOW},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
     "gpt2": {"head_dim": None, "num_key_value_heads": None},
 }
 SERVED = tuple(_OWN)
-WINDOWED = ("mistral", "gemma2", "gemma3_text", "gpt_oss")
+HYBRID = tuple(name for name, own in _OWN.items() if "layer_types" in own)  # a window in half of the layers
+WINDOWED = tuple(name for name, own in _OWN.items() if "sliding_window" in own)
 
 
 def tiny_config(architecture: str) -> PreTrainedConfig:

@@ -2,7 +2,8 @@
 
 transformers calls two things of ours in every layer: `Paged.update`, as if it were its cache, which writes the
 new keys and values into their blocks; then `paged_attention`, which reads each sequence's blocks back and attends.
-The name under which it is registered has no mask function, so transformers builds no mask.
+The name under which it is registered has no mask function, so transformers builds no mask. Where the cache is latents
+(MLA), both are over these, see `embedded_latents`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 
 from penstock.blocks import KvLayout
 from penstock.engine.embedded_batch import Batch, Tile
+from penstock.engine.embedded_latents import compress_queries, expand_outputs
 from penstock.errors import UnsupportedModel
 
 NAME = "penstock"
@@ -31,15 +33,17 @@ class Pool:
     def __init__(self, memory: Tensor, layout: KvLayout) -> None:
         """`memory` is flat, of the layout's dtype."""
         rows = memory.view(-1, layout.block_tokens * layout.head_dim)
-        sides = [rows[side * layout.kv_heads :] for side in range(layout.layers * 2)]
+        sides = [rows[side * layout.kv_heads :] for side in range(layout.layers * layout.sides)]
         self.layout = layout
         self.blocks = memory.view(-1, layout.block_bytes // memory.element_size())
-        self.keys: Sequence[Tensor] = sides[0::2]  # by layer, each beginning at that layer of block 0
-        self.values: Sequence[Tensor] = sides[1::2]
+        # By layer: its keys and its values, or its latents, each beginning at that layer of block 0.
+        self.layers: Sequence[Sequence[Tensor]] = [
+            sides[at : at + layout.sides] for at in range(0, len(sides), layout.sides)
+        ]
 
 
 class Scratch:
-    """Where a layer's keys and values are gathered; kept, since the first touch of a page costs more than filling it.
+    """Where a layer's sides are gathered; kept, since the first touch of a page costs more than filling it.
 
     What a region of unshared blocks needs is reserved when it is attached, more of it when a step does.
     """
@@ -49,20 +53,22 @@ class Scratch:
 
     def reserve(self, pool: Pool) -> None:
         """Makes room for one layer of every block."""
-        size = pool.blocks.numel() // (2 * pool.layout.layers)
+        sides = pool.layout.sides
+        size = pool.blocks.numel() // (sides * pool.layout.layers)
         if self._memory is None or self._memory.shape[1] < size:
-            self._memory = pool.blocks.new_zeros(2, size)
+            self._memory = pool.blocks.new_zeros(sides, size)
 
-    def gather(self, keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The `rows` of both, each [any, width]; good until the next call."""
-        size = len(rows) * keys.shape[1]
+    def gather(self, sides: Sequence[Tensor], rows: Tensor) -> Sequence[Tensor]:
+        """The `rows` of each side, [any, width]; good until the next call."""
+        width = sides[0].shape[1]
+        size = len(rows) * width
         memory = self._memory
         if memory is None or memory.shape[1] < size:
-            self._memory = memory = keys.new_empty(2, size + size // 4)  # contexts grow
-        some_keys, some_values = memory[:, :size].view(2, len(rows), -1)
-        torch.index_select(keys, 0, rows, out=some_keys)
-        torch.index_select(values, 0, rows, out=some_values)
-        return some_keys, some_values
+            self._memory = memory = sides[0].new_empty(len(sides), size + size // 4)  # contexts grow
+        gathered = memory[:, :size].view(len(sides), len(rows), width).unbind()
+        for side, some in zip(sides, gathered, strict=True):
+            torch.index_select(side, 0, rows, out=some)
+        return gathered
 
 
 class Paged:
@@ -72,19 +78,37 @@ class Paged:
         self.pool = pool
         self.batch = batch
         self.scratch = scratch
+        self._returned: tuple[Tensor, Tensor] | None = None
 
     def clear_fresh(self) -> None:
         if self.batch.fresh is not None:
             self.pool.blocks.index_fill_(0, self.batch.fresh, 0)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Writes `key` and `value` [1, kv_heads, tokens, dim] of the step's row into their blocks."""
-        dim = self.pool.layout.head_dim
-        for rows, new in ((self.pool.keys[layer], key), (self.pool.values[layer], value)):
-            rows.view(-1, dim).index_copy_(0, self.batch.writes, new[0].transpose(0, 1).reshape(-1, dim))
-        return key, value
+        """Writes `key` and `value` [1, kv_heads, tokens, dim] of the step's row into their blocks.
 
-    def get_seq_length(self, *_: object) -> int:
+        A cache of latents is given two parts of one row. The layer would go on to expand what is returned, which
+        attention over latents has no use for: it gets no more than one token.
+        """
+        is_latent = self.pool.layout.sides == 1
+        self._write(layer, (torch.cat((key, value), -1),) if is_latent else (key, value))
+        self._returned = (key[:, :, :1], value[:, :, :1]) if is_latent else (key, value)
+        return self._returned
+
+    def check_plain(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Raises UnsupportedModel where a layer would attend to something that it made of what is cached."""
+        if self._returned is None or key is not self._returned[0] or value is not self._returned[1]:
+            raise UnsupportedModel(f"{type(module).__name__} changes keys and values after they were cached")
+
+    def _write(self, layer: int, sides: Sequence[Tensor]) -> None:
+        dim = self.pool.layout.head_dim
+        for rows, new in zip(self.pool.layers[layer], sides, strict=True):
+            rows.view(-1, dim).index_copy_(0, self.batch.writes, new[0].transpose(0, 1).reshape(-1, dim))
+
+    def get_seq_length(self, layer: int | None = None) -> int:
+        """0, as positions are handed in. Raises UnsupportedModel to a layer that would count them for itself."""
+        if layer is not None:
+            raise UnsupportedModel("a layer counts positions by itself")
         return 0
 
 
@@ -118,21 +142,31 @@ def paged_attention(
     layer = _layer_of(module, others)
     window = _window_of(module, layer) if sliding_window == _FROM_CONFIG else sliding_window
     scoring = Scoring(scaling, softcap, s_aux)
+    if paged.pool.layout.sides == 2:
+        paged.check_plain(module, key, value)
+        return _attend_all(query, paged, layer, window, scoring)[None], None
+    outputs = _attend_all(compress_queries(module, query), paged, layer, window, scoring)
+    return expand_outputs(module, outputs)[None], None
+
+
+AttentionInterface.register(NAME, paged_attention)
+
+
+def _attend_all(query: Tensor, paged: Paged, layer: int, window: int | None, scoring: Scoring) -> Tensor:
+    """[1, heads, tokens, dim] to [tokens, heads, dim], group by group. Of latents the values are the keys."""
+    layout = paged.pool.layout
     queries = query[0].transpose(0, 1)
     outputs = []
     for group in paged.batch.groups:
         span = group.span(window)
-        shape = (group.sequences * paged.pool.layout.kv_heads, -1, paged.pool.layout.head_dim)
-        gathered = paged.scratch.gather(paged.pool.keys[layer], paged.pool.values[layer], span.rows)
-        keys, values = (rows.view(shape) for rows in gathered)
+        shape = (group.sequences * layout.kv_heads, -1, layout.head_dim)
+        gathered = [rows.view(shape) for rows in paged.scratch.gather(paged.pool.layers[layer], span.rows)]
+        keys, values = gathered[0], gathered[-1]
         own = queries[group.tokens]
         for tile in span.tiles:
             tiled = own[tile.queries].view(group.sequences, -1, *own.shape[1:])
             outputs.append(_attend(tiled, keys[:, tile.keys], values[:, tile.keys], tile, scoring))
-    return torch.cat(outputs)[None], None
-
-
-AttentionInterface.register(NAME, paged_attention)
+    return torch.cat(outputs)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, tile: Tile, scoring: Scoring) -> Tensor:

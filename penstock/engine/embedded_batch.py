@@ -6,8 +6,8 @@ group, which is attended to at once. Every other slice is a group by itself:
     tokens   d d d d | d d | p p p p p p p | p p p
     groups    many    many        one         one
 
-The region is seen as rows: a block row is one head's keys (or values) of one block, a token row those of one token.
-Row numbers here are those of the first layer's keys; `Pool` shifts its view, not the numbers, for the others.
+The region is seen as rows: a block row is one head's keys (or values, or latents) of one block, a token row those of
+one token. Row numbers are those of the first layer's keys; for the others `Pool` shifts its view, not the numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Geometry:
     @property
     def block_rows(self) -> int:
         """Block rows per block."""
-        return self.layout.layers * 2 * self.layout.kv_heads
+        return self.layout.layers * self.layout.sides * self.layout.kv_heads
 
     def tensor(self, numbers: Ints | list[int]) -> Tensor:
         return torch.from_numpy(np.asarray(numbers, np.int64)).to(self.device)

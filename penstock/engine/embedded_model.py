@@ -1,7 +1,7 @@
 """Checkpoints for the embedded engine: which it can serve, and what it computes with them.
 
-Served is any decoder of transformers whose attention goes through `AttentionInterface` and whose cache is plain
-keys and values of one shape in every layer, over the whole context or a window.
+Served is any decoder of transformers whose attention goes through `AttentionInterface` and whose cache is of one shape
+in every layer: plain keys and values, over the whole context or a window, or latents (MLA).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from penstock.policy.latency.shape import shape_of
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 
-_SERVED = "served are decoders with plain keys and values in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss..."
+_SERVED = (
+    "served are decoders that cache one shape in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss, DeepSeek-V3..."
+)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -197,7 +199,7 @@ def _supported_architecture(model: str, config: PreTrainedConfig, text: PreTrain
 
 
 def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
-    """Why a cache of plain keys and values does not do. Later questions make sense only where earlier ones pass."""
+    """Why such a cache does not do. Later questions make sense only where earlier ones pass."""
     if kind._is_stateful:
         yield "keeps a state that is not keys and values"
     if not kind._supports_attention_backend:
@@ -207,8 +209,6 @@ def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         yield f"has layers of type {', '.join(strange)}"
-    if getattr(text, "kv_lora_rank", None) is not None:
-        yield "caches latents (MLA)"
     if getattr(text, "num_kv_shared_layers", 0):
         yield "shares keys and values between layers"
 
@@ -216,15 +216,25 @@ def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
 def _geometry(config: PreTrainedConfig, text: PreTrainedConfig, options: Options) -> Geometry:
     device = _device(options.device)
     dtype = _dtype(options.dtype, config, device)
-    heads: int = text.num_attention_heads
+    sides, kv_heads, head_dim = _row_shape(text)
     layout = KvLayout(
         layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         block_tokens=options.block_tokens,
         dtype=str(dtype).removeprefix("torch."),
+        sides=sides,
     )
-    return Geometry(layout, heads, dtype, device)
+    return Geometry(layout, text.num_attention_heads, dtype, device)
+
+
+def _row_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
+    """Sides, heads and width of what a layer caches of a token: keys and values, or one latent for all heads."""
+    if getattr(text, "kv_lora_rank", None) is not None:
+        return 1, 1, text.kv_lora_rank + text.qk_rope_head_dim
+    heads: int = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return 2, kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
 def _device(device: str) -> torch.device:

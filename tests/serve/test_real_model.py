@@ -25,7 +25,7 @@ from tests.serve.cluster import MODEL, Cluster, by_turns, cluster, through  # no
 from tests.support import run  # noqa: E402
 
 SMALL_STEPS = WorkerOptions("", 0, limits=Limits(step_tokens=32), prefill=PrefillOptions(chunk_tokens=32))
-ARCHITECTURES = ("llama", "qwen3", "mistral")
+ARCHITECTURES = ("llama", "mistral", "deepseek_v3")
 TOKENS = 16
 REMOTE, LOCAL = through("p", "d"), through("d", "d")
 ROUTES = {"aggregated": LOCAL, "disaggregated": REMOTE, "mixed": by_turns(REMOTE, LOCAL)}

@@ -29,13 +29,21 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 def generated(folder: object, prompt: list[int], tokens: int) -> list[int]:
     """What transformers' own generate() says, greedily, in float32, with the attention every model has."""
+    return all_generated(folder, [prompt], tokens)[0]
+
+
+def all_generated(folder: object, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The same for each of `prompts`, one by one."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    ids = torch.tensor([prompt])
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
-    output: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
-    return output[len(prompt) :]
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+        outputs.append(output[len(prompt) :])
+    return outputs
 
 
 @dataclass

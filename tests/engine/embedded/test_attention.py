@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from types import SimpleNamespace
@@ -66,32 +67,40 @@ def test_it_equals_the_definition(tile_queries: int, tile_scores: int, padding_t
     torch.testing.assert_close(found, plain(case, query, key, value, sinks), atol=1e-5, rtol=1e-4)
 
 
-def paged(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+def paged(
+    case: Case,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    layout: KvLayout = LAYOUT,
+    module: Any = MODULE,
+) -> Tensor:
     """Computes first all starts, then all counts, in a pool of NaN; the outputs of the latter, slice by slice."""
-    pool = Pool(torch.full((BLOCKS * LAYOUT.block_bytes // 4,), torch.nan), LAYOUT)
+    pool = Pool(torch.full((BLOCKS * layout.block_bytes // 4,), torch.nan), layout)
+    geometry = Geometry(layout, HEADS, torch.float32, torch.device("cpu"))
     free = [BlockId(block) for block in range(BLOCKS)]
     Random(3).shuffle(free)
     before, after = [], []
     at = 0
     for start, count in case.sequences:
-        blocks = [free.pop() for _ in range(LAYOUT.blocks_for(start + count))]
+        blocks = [free.pop() for _ in range(layout.blocks_for(start + count))]
         rows = range(at, at + start + count)  # as token ids, so that the step's row can be told apart
         before.append(Slice(rows[:start], 0, blocks))
         after.append(Slice(rows[start:], start, blocks))
         at += start + count
-    output = torch.full_like(query, torch.nan)
+    output = torch.full((len(query), HEADS, 4), torch.nan)
     for slices in ([one for one in before if one.tokens], after):
         if slices:
-            batch = build(slices, GEOMETRY)
+            batch = build(slices, geometry)
             row = batch.input_ids[0]
             step = Paged(pool, batch, Scratch())
             step.clear_fresh()
-            step.update(key[row].transpose(0, 1)[None], value[row].transpose(0, 1)[None], LAYER)
+            cached = step.update(key[row].transpose(0, 1)[None], value[row].transpose(0, 1)[None], LAYER)
             attended, _ = paged_attention(
-                MODULE,
+                module,
                 query[row].transpose(0, 1)[None],
-                key,
-                value,
+                *cached,
                 None,
                 paged=step,
                 scaling=0.5,
@@ -105,11 +114,11 @@ def paged(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor |
 
 def plain(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
     """Every token over its own sequence's earlier ones, with a dense mask."""
-    output = torch.empty_like(query)
+    output = torch.empty(len(query), HEADS, value.shape[-1])
     at = 0
     for start, count in case.sequences:
         rows = slice(at, at + start + count)
-        q, (k, v) = query[rows], (side[rows].repeat_interleave(HEADS // 2, 1) for side in (key, value))
+        q, (k, v) = query[rows], (side[rows].repeat_interleave(HEADS // side.shape[1], 1) for side in (key, value))
         scores = torch.einsum("qhd,khd->hqk", q, k) * 0.5
         if case.softcap is not None:
             scores = case.softcap * torch.tanh(scores / case.softcap)
@@ -125,11 +134,46 @@ def plain(case: Case, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor |
     return output
 
 
-def attend(module: Any, **arguments: Any) -> None:
+@settings(max_examples=60, deadline=None)
+@given(case=cases)
+def test_over_latents_it_equals_the_definition_over_keys_and_values_made_of_them(case: Case) -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens = sum(start + count for start, count in case.sequences)
+    rank, plain_dim, rotated_dim, value_dim = 5, 3, 2, 4
+    latents = torch.randn(tokens, 1, rank, generator=generator)
+    rotated = torch.randn(tokens, 1, rotated_dim, generator=generator)
+    query = torch.randn(tokens, HEADS, plain_dim + rotated_dim, generator=generator)
+    up = torch.randn(HEADS, plain_dim + value_dim, rank, generator=generator)
+    sinks = torch.randn(HEADS, generator=generator) if case.has_sinks else None
+    module: Any = SimpleNamespace(
+        layer_idx=LAYER,
+        config=SimpleNamespace(),
+        kv_lora_rank=rank,
+        qk_nope_head_dim=plain_dim,
+        qk_rope_head_dim=rotated_dim,
+        v_head_dim=value_dim,
+        kv_b_proj=SimpleNamespace(weight=up.view(-1, rank)),
+    )
+    layout = KvLayout(layers=3, kv_heads=1, head_dim=rank + rotated_dim, block_tokens=4, dtype="float32", sides=1)
+    found = paged(case, query, latents, rotated, sinks, layout, module)
+    expanded = torch.einsum("thr,hdr->thd", latents.expand(-1, HEADS, -1), up)
+    key = torch.cat((expanded[..., :plain_dim], rotated.expand(-1, HEADS, -1)), -1)
+    wanted = plain(case, query, key, expanded[..., plain_dim:], sinks)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def attend(module: Any, changed: Callable[[Tensor], Tensor] = lambda cached: cached, **arguments: Any) -> None:
+    """One token; `changed` is what the layer does to its keys between cache and attention."""
     batch = build([Slice([0], 0, [BlockId(0)])], GEOMETRY)
     step = Paged(Pool(torch.zeros(LAYOUT.block_bytes // 4), LAYOUT), batch, Scratch())
+    key, value = step.update(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), LAYER)
     query = torch.zeros(1, HEADS, 1, 4)
-    paged_attention(module, query, query, query, None, paged=step, scaling=1.0, **arguments)
+    paged_attention(module, query, changed(key), value, None, paged=step, scaling=1.0, **arguments)
+
+
+def test_a_layer_that_attends_to_other_keys_than_it_caches_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="changes keys and values after they were cached"):
+        attend(MODULE, changed=lambda cached: cached.repeat(1, 2, 1, 1))
 
 
 def test_foreign_kinds_of_attention_are_refused() -> None:

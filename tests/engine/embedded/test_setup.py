@@ -51,7 +51,7 @@ def test_the_cpu_computes_in_float32_unless_told(checkpoint: Checkpoint) -> None
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
-        ("deepseek_v3", "DeepseekV3ForCausalLM caches latents"),
+        ("deepseek_v32", "DeepseekV32ForCausalLM has layers of type indexed_attention"),
         ("llama4_text", "Llama4ForCausalLM has layers of type chunked_attention"),
         ("qwen3_next", "Qwen3NextForCausalLM keeps a state"),
         ("mamba", "MambaForCausalLM keeps a state"),
