@@ -73,7 +73,7 @@ class Driver:
 
     def start(self, prompt: list[int], tokens: int, sampling: Sampling = GREEDY) -> Running:
         """A sequence with blocks for its prompt and `tokens` more."""
-        wanted = self.region.layout.blocks_for(len(prompt) + tokens)
+        wanted = self.region.layout.entries_for(len(prompt) + tokens)
         return Running(list(prompt), [self._free.pop() for _ in range(wanted)], sampling)
 
     async def step(self, *work: tuple[Running, int]) -> None:
