@@ -39,7 +39,6 @@ JOINING = prompts(7, 40, 61, 33, 90)
 LONGEST = JOINING[-1]
 CACHED = [LONGEST, [*LONGEST[:48], 5, 6, 7]]
 ROUTES = {"aggregated": through("d", "d"), "disaggregated": through("p", "d")}
-BLOCKS = 10  # who joins has room for the prompt, not for the output as well
 
 Ids = list[list[int]]
 
@@ -75,14 +74,19 @@ async def play(
     """The story. The outputs for `JOINING`, then for `CACHED`."""
     options = Options(str(folder), threads=1)
     engines = {"p": ("prefill", engine(options)), "d": ("decode", engine(options))}
-    async with cluster(engines, route, SMALL_STEPS, BLOCKS, transports) as site:
+    layout = engines["d"][1].info.layout
+    # Who joins has room for the prompt, not for the output as well.
+    blocks = 1 + layout.blocks_for(len(LONGEST) + TOKENS, SMALL_STEPS.limits.step_tokens)
+    async with cluster(engines, route, SMALL_STEPS, blocks, transports) as site:
         joined = [asyncio.create_task(join(site, turn, prompt)) for turn, prompt in enumerate(JOINING)]
         await leave(site, prompts(50)[0])
         outputs = [await task for task in joined]
         outputs += [ids((await site.ask(prompt, GREEDY))[0]) for prompt in CACHED]
         load = site.workers["d"].load()
-        assert load.preemptions > 0
-        assert load.cached_tokens >= 48
+        if "all" in layout.keeps:  # a window alone does not grow while it decodes
+            assert load.preemptions > 0
+        if not layout.has_windows:  # what they leave behind is the first to be overwritten in so small a pool
+            assert load.cached_tokens >= 48
         assert (load.handoffs > 0) == (route is not ROUTES["aggregated"])
         assert (load.copied_bytes > 0) == (transports is not None)
         site.check_all_free()
@@ -128,16 +132,16 @@ def test_tokens_equal_generate_where_kv_crosses_a_network(
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
-def test_a_dropped_window_shows(
+def test_a_window_that_is_too_short_shows(
     reference: Callable[[str], tuple[Path, Ids]], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, wanted = reference(architecture)
     real = Group.span
 
-    def unlimited(group: Group, window: int | None) -> Span:
-        return real(group, None)
+    def shorter(group: Group, window: int | None, table: int) -> Span:
+        return real(group, None if window is None else window // 2, table)
 
-    monkeypatch.setattr(Group, "span", unlimited)
+    monkeypatch.setattr(Group, "span", shorter)
     assert run(play(folder, ROUTES["disaggregated"]), timeout_s=60) != wanted
 
 
@@ -161,12 +165,14 @@ def test_a_dropped_softcap_or_sink_shows(
 
 
 class Forgetful(EmbeddedEngine):
-    """Loses the KV of one block, that before a sequence's last one, when it decodes."""
+    """Loses the KV of one block of each group, that before a sequence's last one, when it decodes."""
 
     async def step(self, step: Step) -> list[Token | None]:
         buffer, size = step.region.buffer, step.region.layout.block_bytes
         assert buffer is not None
-        for block in [s.blocks[s.start // 16 - 1] for s in step.slices if len(s.tokens) == 1 and s.start >= 16]:
+        width = len(step.region.layout.keeps)
+        decoding = [s for s in step.slices if len(s.tokens) == 1 and s.start >= 16]
+        for block in [block for s in decoding for block in s.blocks[(s.start // 16 - 1) * width :][:width]]:
             buffer[block * size : (block + 1) * size] = bytes(size)
         return await super().step(step)
 
