@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal, NewType
+from typing import Literal, NamedTuple, NewType
 
 import msgspec
 
@@ -128,30 +128,33 @@ class KvLayout(msgspec.Struct, frozen=True):
         return 0 if keeps == "all" else max(0, tokens - keeps) // self.block_tokens
 
 
-def deal_layers(reads: Sequence[Keeps]) -> tuple[tuple[Keeps, ...], list[tuple[int, int]]]:
-    """Deals layers, of which `reads` says what each keeps, into groups of one size whose layers keep the same.
+class Deal(NamedTuple):
+    """How layers lie in groups: so many in each; what each group keeps; by layer, its group and its place in that."""
 
-    What each group keeps, "all" before windows; and for each layer its (group, place in the group). A group has as many
-    layers as the rarest kind; of another kind the last group may have places left, which are memory for nothing. Where
-    that makes more than `MOST_GROUPS`, everything is kept, in one group.
+    layers: int
+    keeps: tuple[Keeps, ...]
+    places: list[tuple[int, int]]
+
+
+def deal_layers(kinds: Sequence[Keeps]) -> Deal:
+    """Deals layers, of which `kinds` says what each keeps, into groups of one size; "all" comes before windows.
+
+    A group has as many layers as the rarest kind. Of another kind the last group may have places left, which are memory
+    for nothing. Where that makes more than `MOST_GROUPS`, everything is kept, in one group.
     """
-    counts = Counter(reads)
+    counts = Counter(kinds)
     size = min(counts.values())
-    if sum(-(-count // size) for count in counts.values()) > MOST_GROUPS:
-        return ("all",), [(0, place) for place in range(len(reads))]
-    kinds = sorted(counts, key=lambda keeps: (keeps != "all", keeps if keeps != "all" else 0))
-    keeps: list[Keeps] = []
-    first: dict[Keeps, int] = {}
-    for kind in kinds:
-        first[kind] = len(keeps)
-        keeps += [kind] * -(-counts[kind] // size)
-    seen: Counter[Keeps] = Counter()
+    order = sorted(counts, key=lambda kind: (kind != "all", 0 if kind == "all" else kind))
+    keeps = tuple(kind for kind in order for _ in range(-(-counts[kind] // size)))
+    if len(keeps) > MOST_GROUPS:
+        return Deal(len(kinds), ("all",), [(0, layer) for layer in range(len(kinds))])
     places = []
-    for kind in reads:
+    seen: Counter[Keeps] = Counter()
+    for kind in kinds:
         group, place = divmod(seen[kind], size)
-        places.append((first[kind] + group, place))
+        places.append((keeps.index(kind) + group, place))
         seen[kind] += 1
-    return tuple(keeps), places
+    return Deal(size, keeps, places)
 
 
 class KvGroup(msgspec.Struct, frozen=True):

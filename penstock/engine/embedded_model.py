@@ -217,9 +217,9 @@ def _geometry(config: PreTrainedConfig, text: PreTrainedConfig, options: Options
     device = _device(options.device)
     dtype = _dtype(options.dtype, config, device)
     sides, kv_heads, head_dim = _row_shape(text)
-    keeps, places = deal_layers(_keeps(text))
+    layers, keeps, places = deal_layers(_keeps(text))
     layout = KvLayout(
-        layers=1 + max(place for _, place in places),
+        layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_tokens=options.block_tokens,

@@ -96,7 +96,8 @@ class Roster:
     def ask(self, request: Request) -> tuple[Ask, Found]:
         """What a policy is asked, and what was found of the prompt."""
         found = self._prefixes.find(request)
-        token_bytes = self._members[0].layout.token_bytes
+        layout = self._members[0].layout
+        token_bytes = round(layout.block_bytes / layout.tokens_per_block)  # of windows no more than the last is moved
         restore_s = found.lower_tokens * (token_bytes / RESTORE_BYTES_PER_S)
         left_tokens = request.sampling.max_tokens - request.progress.count
         ask = Ask(self._booked, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
