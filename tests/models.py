@@ -51,7 +51,8 @@ _LATENT = {  # head_dim is that of the rotation here
     "v_head_dim": 16,
 }
 _ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
-_OWN: dict[str, dict[str, Any]] = {
+_NO_GROUPS = {"head_dim": None, "num_key_value_heads": None}
+_SERVED: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
@@ -71,15 +72,49 @@ _OWN: dict[str, dict[str, Any]] = {
     "cohere2": _HYBRID,
     "starcoder2": {"sliding_window": WINDOW},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
-    "gpt2": {"head_dim": None, "num_key_value_heads": None},
+    "gpt2": _NO_GROUPS,
 }
-SERVED = tuple(_OWN)
-HYBRID = tuple(name for name, own in _OWN.items() if "layer_types" in own)  # a window in half of the layers
-WINDOWED = tuple(name for name, own in _OWN.items() if "sliding_window" in own)
+_ALIKE: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "afmoe": _EXPERTS | _HYBRID,
+    "cohere": {},
+    "ernie4_5": {},
+    "ernie4_5_moe": _EXPERTS,
+    "exaone4": _HYBRID,
+    "gemma": {},
+    "glm": {},
+    "glm4_moe_lite": _LATENT | _EXPERTS | _ROUTED,
+    "gpt_neox": _NO_GROUPS,
+    "granitemoe": _EXPERTS,
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "longcat_flash": _LATENT
+    | {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32}
+    | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
+    "minicpm3": _LATENT,
+    "minimax_m2": _EXPERTS,
+    "ministral3": {},
+    "nanochat": {},
+    "olmo": {},
+    "olmo3": _HYBRID,
+    "olmoe": _EXPERTS,
+    "opt": _NO_GROUPS | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi": {},
+    "phimoe": _EXPERTS,
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 32},
+    "seed_oss": {},
+    "vaultgemma": _HYBRID,
+    "youtu": _LATENT,
+}
+SERVED = tuple(_SERVED)  # through whole clusters
+ALIKE = tuple(_ALIKE)  # by the engine alone: what is cached, and how it is attended to, is like that of one in SERVED
+WINDOWED = tuple(name for name, own in _SERVED.items() if "sliding_window" in own)
+_OWN = _SERVED | _ALIKE
 
 
 def tiny_config(architecture: str) -> PreTrainedConfig:
-    """The configuration of a model of about 0.2 M parameters. Raises KeyError for an architecture not in SERVED."""
+    """The configuration of a model of about 0.2 M parameters. Raises KeyError for an architecture not listed here."""
     return AutoConfig.for_model(architecture, **(_COMMON | _OWN[architecture]))
 
 

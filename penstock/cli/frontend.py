@@ -38,7 +38,7 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     leave = process.stop_requested()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the event loop
     rng = clock.chance()
-    tokenizer = load_tokenizer(config.model.folder, config.model.name)
+    tokenizer = load_tokenizer(config.model.folder, config.model.name, process.OneThread("encoding"))
     discovery: Discovery = FileDiscovery(config.leases) if config.leases is not None else MemoryDiscovery()
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream, "fd": stream}

@@ -11,12 +11,15 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from penstock.errors import SetupError
 from penstock.launch.local import REFUSED
+
+T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
@@ -47,6 +50,16 @@ ORPHAN_GRACE_S = 1.0
 def grace_s() -> float:
     """How long a process that was asked to stop may take for what it has begun; nobody waits for an orphan's work."""
     return ORPHAN_GRACE_S if is_orphan() else GRACE_S
+
+
+class OneThread:
+    """Runs what would hold up the event loop, one after the other. The thread ends with the process."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+
+    def __call__(self, work: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 def refuse(error: BaseException) -> NoReturn:

@@ -65,7 +65,7 @@ async def _announce(attached: Attached, ready: Callable[[Attached], None]) -> No
 
 def _tokenizer(folder: Path | None) -> Tokenizer | None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the event loop
-    return None if folder is None else load_tokenizer(folder, folder.name)
+    return None if folder is None else load_tokenizer(folder, folder.name, process.OneThread("encoding"))
 
 
 def print_ready(url: str) -> Callable[[Attached], None]:

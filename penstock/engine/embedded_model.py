@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
@@ -36,6 +37,7 @@ _SERVED = (
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROUNDING = {torch.float32: 0.001, torch.bfloat16: 0.3, torch.float16: 0.3}  # see `_error`; other attention: about 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,16 @@ class LoadedModel:
     @torch.inference_mode()
     def compute(self, slices: Sequence[Slice], pool: Pool) -> list[Token | None]:
         """One forward pass; a token for each slice with `sampling`, in order."""
+        logits = self.logits(slices, pool)
+        asked = [Draw(s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
+        if len(logits) != len(asked):
+            raise ValueError(f"the model gave logits for {len(logits)} tokens, asked for {len(asked)}")
+        tokens = iter(sample(logits, asked) if asked else ())
+        return [None if s.sampling is None else next(tokens) for s in slices]
+
+    @torch.inference_mode()
+    def logits(self, slices: Sequence[Slice], pool: Pool) -> Tensor:
+        """One forward pass; [slices with `sampling`, vocabulary]."""
         batch = build(slices, self._geometry)
         paged = Paged(pool, batch, self._scratch)
         paged.clear_fresh()
@@ -149,12 +161,19 @@ class LoadedModel:
             logits_to_keep=batch.sampled,
             paged=paged,
         )
-        asked = [Draw(s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
-        (logits,) = output.logits
-        if len(logits) != len(asked):
-            raise ValueError(f"the model gave logits for {len(logits)} tokens, asked for {len(asked)}")
-        tokens = iter(sample(logits, asked) if asked else ())
-        return [None if s.sampling is None else next(tokens) for s in slices]
+        logits: Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def own_logits(self, tokens: Sequence[int]) -> Tensor:
+        """[1, vocabulary] of what follows `tokens`, by transformers' plainest attention and without a cache."""
+        self._model.set_attn_implementation("eager")
+        try:
+            output = self._model(input_ids=self._geometry.tensor(list(tokens))[None], use_cache=False, logits_to_keep=1)
+        finally:
+            self._model.set_attn_implementation(NAME)
+        logits: Tensor = output.logits[0]
+        return logits
 
 
 def map_region(region: Region, geometry: Geometry) -> Pool:
@@ -209,6 +228,8 @@ def _objections(kind: Any, text: PreTrainedConfig) -> Iterator[str]:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         yield f"has layers of type {', '.join(strange)}"
+    if not _is_latent(text) and getattr(text, "v_head_dim", None) not in (None, _head_dim(text)):
+        yield "caches values of another width than keys"
     if getattr(text, "num_kv_shared_layers", 0):
         yield "shares keys and values between layers"
 
@@ -245,11 +266,18 @@ def _keeps(text: PreTrainedConfig) -> list[Keeps]:
 
 def _row_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
     """Sides, heads and width of what a layer caches of a token: keys and values, or one latent for all heads."""
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _is_latent(text):
         return 1, 1, text.kv_lora_rank + text.qk_rope_head_dim
-    heads: int = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return 2, kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2, getattr(text, "num_key_value_heads", None) or text.num_attention_heads, _head_dim(text)
+
+
+def _is_latent(text: PreTrainedConfig) -> bool:
+    return getattr(text, "kv_lora_rank", None) is not None
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return dim
 
 
 def _device(device: str) -> torch.device:
@@ -298,17 +326,33 @@ def _eos_token_ids(model: str, text: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
-    """Computes one block of each group: every layer must write keys and values of its shape. Also warms up."""
+    """Computes a block of each group, in one step and its last token alone again; also warms up.
+
+    Every layer must write keys and values of the layout's shape, and the logits be those of transformers' attention.
+    """
     geometry, who = checkpoint.geometry, f"{checkpoint.info.model}: {checkpoint.architecture}"
     layout = geometry.layout
     table = [BlockId(group) for group in range(len(layout.keeps))]
     elements = len(table) * layout.block_bytes // geometry.dtype.itemsize
     pool = Pool(torch.full((elements,), torch.nan, dtype=geometry.dtype, device=geometry.device), layout)
+    tokens = [i % checkpoint.info.vocab_size for i in range(layout.block_tokens)]
+    steps = [Slice(tokens[at:], at, table, Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
     try:
-        loaded.compute([Slice([0] * layout.block_tokens, 0, table, Sampling(max_tokens=1))], pool)
+        found = torch.cat([loaded.logits([step], pool) for step in steps])
+        own = loaded.own_logits(tokens)
     except Exception as error:
         raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error
     written = pool.blocks.view(len(table), layout.layers, -1).isfinite().all(-1).tolist()
     silent = [layer for layer, (group, place) in enumerate(geometry.places) if not written[group][place]]
     if silent:
         raise UnsupportedModel(f"{who} caches no keys and values in layers {silent}; {_SERVED}")
+    if not found.isfinite().all():
+        raise UnsupportedModel(f"{who} overflows in {layout.dtype}; choose another dtype")
+    if not _error(found, own) <= _ROUNDING[geometry.dtype]:  # NaN is an error too
+        raise UnsupportedModel(f"{who} does not attend as this engine does: its own attention gives other logits")
+
+
+def _error(found: Tensor, own: Tensor) -> float:
+    """How far logits are off, root mean square, in standard deviations of the right ones; of rows the worst."""
+    off = (found.float() - own.float()).square().mean(-1).sqrt()
+    return float((off / own.float().std(-1).clamp_min(torch.finfo(torch.float32).tiny)).max())

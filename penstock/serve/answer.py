@@ -1,8 +1,13 @@
-"""One request on its way: its tokens become text, events, counts and a record of what happened. Used by `frontend`."""
+"""An answer on its way: tokens become text, events, counts and a record of what happened. Used by `frontend`.
+
+An answer has one choice, or several: `n` for each prompt. Each choice is a request of its own to the workers.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -10,15 +15,19 @@ import msgspec
 from penstock import metrics
 from penstock.clock import now
 from penstock.errors import EngineFailed, PenstockError
-from penstock.request import Finish, FinishReason, Request, Timeline, Token
+from penstock.request import Finish, Request, Timeline, Token
 from penstock.serve import openai
+from penstock.serve.asks import Ask
 from penstock.serve.decisions import Compared, Decided
-from penstock.serve.openai import Ask, Dialect, Heading, Shown, Usage
+from penstock.serve.detokenizer import Output
+from penstock.serve.openai import Dialect, Ending, Fields, Heading, Shown, Usage
+from penstock.serve.stop_strings import StopFinder
 from penstock.serve.text import Tokenizer
+from penstock.tokens import unpack
 
 
 class Record(msgspec.Struct):
-    """What /debug/requests/{id} shows; the list of /debug/requests has its head. No prompt, and no answer.
+    """What /debug/requests/{id} shows of a choice; the list of /debug/requests has its head. No prompt, and no answer.
 
     `timeline` is what the workers have told so far. `decisions` are filled in when it is shown; `compared` is of the
     one that gave the first token.
@@ -35,41 +44,196 @@ class Record(msgspec.Struct):
     compared: list[Compared] = []
 
 
-class Answer:
-    """One request on its way: what was asked, and what came of it so far."""
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What all choices of an answer share."""
 
-    def __init__(
-        self,
-        ask: Ask,
-        dialect: Dialect,
-        request: Request,
-        tokenizer: Tokenizer,
-        heading: Heading,
-        series: metrics.ModelMetrics,
-        arrived_s: float,
-    ) -> None:
-        self.ask = ask
-        self.request = request
-        self.arrived_s = arrived_s
-        self.is_complete = False
-        self.record = Record(heading.id, heading.model, heading.created)
-        self._dialect = dialect
-        self._heading = heading
-        self._spell = tokenizer.spell
-        self._output = tokenizer.output(ask.stop, dialect.is_continuation)
-        self._events = dialect.events(heading, ask.wants_usage)
-        self._series = series
-        self._finish: Finish | None = None
-        self._tokens = 0
-        self._last_s: float | None = None  # when the last tokens came
-        self._shown: list[Shown] = []
-        self._chars = 0
+    ask: Ask
+    dialect: Dialect
+    heading: Heading
+    tokenizer: Tokenizer
+    series: metrics.ModelMetrics
+    arrived_s: float
+
+    def spell(self, token: int) -> bytes:
+        """What a token is called among log probabilities."""
+        return b"token_id:%d" % token if self.ask.names_tokens_by_id else self.tokenizer.spell(token)
+
+    def output(self) -> Output:
+        """Where the tokens of a choice become text."""
+        ask = self.ask
+        stops = StopFinder(ask.stop, ask.includes_stop) if ask.stop else None
+        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens)
+
+    def logprobs(self, shown: Sequence[Shown]) -> Fields | None:
+        return None if self.ask.logprobs is None else self.dialect.logprobs(shown, self.spell)
+
+
+class Answer:
+    """What was asked, and what came of it so far."""
+
+    def __init__(self, manner: Manner, requests: Sequence[Request], echoes: Sequence[str]) -> None:
+        """`requests` prompt by prompt, `best_of` for each; `echoes` are what the answer to each prompt begins with."""
+        self.ask = manner.ask
+        self.arrived_s = manner.arrived_s
+        self._manner = manner
+        self.choices = [
+            Choice(manner, index, request, echoes[index // self.ask.best_of]) for index, request in enumerate(requests)
+        ]
 
     @property
-    def opening(self) -> bytes:
-        return self._events.opening
+    def timeout_s(self) -> float:
+        return self.choices[0].request.timeout_s
 
-    def take(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> list[str]:
+    def leader_of(self, choice: Choice) -> Choice:
+        """The first choice of the same prompt: the others find its blocks cached."""
+        return self.choices[choice.index - choice.index % self.ask.best_of]
+
+    def closing(self) -> bytes:
+        """The events after those of all choices."""
+        if not self.ask.wants_usage:
+            return openai.DONE
+        return self.choices[0].usage_event(self._usage()) + openai.DONE
+
+    def body(self) -> bytes:
+        """The whole answer, of complete choices."""
+        manner, chosen = self._manner, self._best()
+        rendered = [choice.render(index) for index, choice in enumerate(chosen)]
+        first = chosen[0]
+        more: Fields = {}
+        if self.ask.messages is not None:
+            more |= first.of_prompt()
+        if self.ask.wants_timeline:
+            more |= first.timeline_fields()
+        return manner.dialect.answer(manner.heading, rendered, self._usage(), more)
+
+    def fail(self, error: PenstockError) -> None:
+        for choice in self.choices:
+            choice.fail(error)
+
+    def cancel(self, why: BaseException) -> None:
+        """The client is gone. Nothing changes if it had its answer."""
+        for choice in self.choices:
+            choice.cancel(why)
+
+    def _best(self) -> list[Choice]:
+        """Of each prompt's choices the `n` whose tokens are likeliest in the mean, in the order of likelihood."""
+        n, best_of = self.ask.n, self.ask.best_of
+        if best_of == n:
+            return self.choices
+        by_prompt = [self.choices[start : start + best_of] for start in range(0, len(self.choices), best_of)]
+        return [one for same in by_prompt for one in sorted(same, key=lambda each: -each.mean_logprob)[:n]]
+
+    def _usage(self) -> Usage:
+        leaders = [choice for choice in self.choices if choice is self.leader_of(choice)]
+        cached = [choice.cached_tokens for choice in leaders]
+        known = [tokens for tokens in cached if tokens is not None]
+        return Usage(
+            prompt_tokens=sum(choice.request.prompt_tokens for choice in leaders),
+            output_tokens=sum(choice.tokens for choice in self.choices),
+            cached_tokens=sum(known) if known else None,
+        )
+
+
+class Choice:
+    """One output of an answer."""
+
+    def __init__(self, manner: Manner, index: int, request: Request, echoed: str) -> None:
+        heading = manner.heading
+        self.index = index
+        self.request = request
+        self.tokens = 0  # of output, that count as used
+        self.is_complete = False
+        self.has_begun = asyncio.Event()
+        self.record = Record(manner.dialect.id_prefix + request.id, heading.model, heading.created)
+        self.prompt_logprobs: Sequence[Token] = ()
+        self._manner = manner
+        self._ask = manner.ask
+        self._output = manner.output()
+        self._events = manner.dialect.events(heading, manner.ask.wants_usage, index)
+        self._echoed = echoed
+        self._texts: list[str] = []
+        self._ids: list[int] = []  # where they are shown
+        self._is_plain = manner.ask.logprobs is None and not manner.ask.shows_token_ids
+        self._finish: Finish | None = None
+        self._last_s: float | None = None  # when the last tokens came
+        self._shown: list[Shown] = []
+        self._logprob = 0.0  # of all tokens
+        self._chars = len(self._echoed)
+
+    @property
+    def cached_tokens(self) -> int | None:
+        return None if self.record.timeline is None else self.record.timeline.cached_tokens
+
+    @property
+    def mean_logprob(self) -> float:
+        return self._logprob / max(1, self.tokens)
+
+    # As events
+
+    def opening(self) -> bytes:
+        """The events before the first token's."""
+        if not self._echoed:
+            return self._events.opening
+        logprobs = self._manner.logprobs(self._echoed_tokens()) if self.prompt_logprobs else None
+        return self._events.token_with(self._echoed, logprobs, {})
+
+    def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
+        """One event for each token of the text."""
+        texts = self._take(tokens, finish, at_s)
+        if self._is_plain:
+            return b"".join([self._events.token(text) for text in texts])
+        shown = self._shown[len(self._shown) - len(texts) :]
+        return b"".join([self._event_of(text, one) for text, one in zip(texts, shown, strict=True)])
+
+    def closing(self) -> bytes:
+        """The last event of this choice."""
+        text = self._output.finish()
+        ending = self._settle()
+        more = self.timeline_fields() if self._ask.wants_timeline else {}
+        return self._events.finish(text, ending, more)
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return self._events.usage(usage)
+
+    # As a whole
+
+    def render(self, index: int) -> bytes:
+        """This choice of a whole answer."""
+        text = self._echoed + "".join(self._texts) + self._output.finish()
+        shown = [*self._echoed_tokens(), *self._shown] if self._echoed and self.prompt_logprobs else self._shown
+        ending = self._settle()
+        if self._ask.messages is None:
+            ending.more.update(self.of_prompt())
+        if self._ask.shows_token_ids:
+            ending.more["token_ids"] = self._ids
+        dialect = self._manner.dialect
+        return dialect.choice(index, dialect.said(text), self._manner.logprobs(shown), ending)
+
+    def of_prompt(self) -> Fields:
+        """What was asked to be told of the prompt."""
+        more: Fields = {}
+        if self.request.sampling.prompt_logprobs is not None and not self._ask.echoes:
+            more["prompt_logprobs"] = [None, *map(self._scored, self.prompt_logprobs)]
+        if self._ask.shows_token_ids:
+            more["prompt_token_ids"] = list(unpack(self.request.prompt))
+        return more
+
+    def timeline_fields(self) -> Fields:
+        return {"penstock": {"timeline": openai.timeline_fields(self._timeline())}}
+
+    # What comes in
+
+    def begin(self, prompt_logprobs: Sequence[Token] | None) -> None:
+        """The first token is there, and what was told with it."""
+        self.prompt_logprobs = prompt_logprobs or ()
+        self.has_begun.set()
+
+    def collect(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> None:
+        """Keeps what these tokens add, until `render`."""
+        self._texts += self._take(tokens, finish, at_s)
+
+    def _take(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> list[str]:
         """What each of these tokens adds to the text, up to a stop string. A token that ended the answer is no text."""
         self._note_times(len(tokens), at_s)
         if finish is not None:
@@ -78,98 +242,107 @@ class Answer:
             if finish.reason == "abort":
                 raise EngineFailed("the worker gave the request up")
             if finish.stop_token is not None:
-                self._tokens += 1
+                self.tokens += 1
                 tokens = tokens[:-1]
+        if self._ask.max_tokens == 0:  # one had to be generated; the prompt alone was asked for
+            self.is_complete = True
+            return []
         texts = []
         for token in tokens:
             texts.append(self._output.push(token.id))
-            if self._output.is_stopped:
+            if self._output.stopped_by:
                 self.is_complete = True
                 break
-        self._tokens += len(texts)
-        if self.ask.logprobs is not None:
-            self._note_logprobs(tokens, texts)
+        self.tokens += len(texts)
+        if not self._is_plain or self._ask.best_of > self._ask.n:
+            self._note(tokens[: len(texts)], texts)
         return texts
 
-    def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
-        """One event for each token of the text, see `take`."""
-        texts = self.take(tokens, finish, at_s)
-        if self.ask.logprobs is None:
-            return b"".join([self._events.token(text) for text in texts])
-        shown = self._shown[len(self._shown) - len(texts) :]
-        return b"".join(
-            self._events.token_logprobs(text, self._dialect.logprobs([one], self._spell))
-            for text, one in zip(texts, shown, strict=True)
-        )
-
-    def closing(self) -> bytes:
-        """The events after the last token's."""
-        text = self._output.finish()
-        reason, usage, timeline = self._settle()
-        events = [self._events.finish(text, reason, timeline if self.ask.wants_timeline else None)]
-        if self.ask.wants_usage:
-            events.append(self._events.usage(usage))
-        return b"".join((*events, openai.DONE))
-
-    def body(self, text: str) -> bytes:
-        """The whole answer, given the text of all tokens."""
-        text += self._output.finish()
-        reason, usage, timeline = self._settle()
-        logprobs = None if self.ask.logprobs is None else self._dialect.logprobs(self._shown, self._spell)
-        shown = timeline if self.ask.wants_timeline else None
-        return self._dialect.answer(self._heading, text, reason, logprobs, usage, shown)
-
     def fail(self, error: PenstockError) -> None:
-        self.record.state = "failed"
-        self.record.error = f"{type(error).__name__}: {error}"
-        self.record.timeline = self._timeline()
+        if self.record.state == "running":
+            self.record.state = "failed"
+            self.record.error = f"{type(error).__name__}: {error}"
+            self.record.timeline = self._timeline()
 
     def cancel(self, why: BaseException) -> None:
-        """The client is gone. Nothing changes if it had its answer."""
         if self.record.state != "running":
             return
-        metrics.count(self._series.finished, "abort")
+        metrics.count(self._manner.series.finished, "abort")
         self.record.state = "cancelled"
         self.record.error = str(why)
         self.record.timeline = self._timeline()
 
+    def _event_of(self, text: str, shown: Shown) -> bytes:
+        more: Fields = {"token_ids": [shown.token.id]} if self._ask.shows_token_ids else {}
+        return self._events.token_with(text, self._manner.logprobs([shown]), more)
+
     def _note_times(self, tokens: int, at_s: float) -> None:
         if not tokens:
             return
-        series = self._series
+        series = self._manner.series
         if self._last_s is None:
-            series.ttft_s.observe(at_s - self.arrived_s)
+            series.ttft_s.observe(at_s - self._manner.arrived_s)
             series.prompt_tokens += self.request.prompt_tokens
         else:
             series.itl_s.observe((at_s - self._last_s) / tokens, tokens)
         self._last_s = at_s
         series.generation_tokens += tokens
 
-    def _note_logprobs(self, tokens: Sequence[Token], texts: Sequence[str]) -> None:
-        for token, text in zip(tokens, texts, strict=False):  # after a stop string there are more tokens than texts
+    def _note(self, tokens: Sequence[Token], texts: Sequence[str]) -> None:
+        for token, text in zip(tokens, texts, strict=True):
+            self._ids.append(token.id)
             self._shown.append(Shown(token, self._chars))
+            self._logprob += token.logprob or 0.0
             self._chars += len(text)
 
-    def _settle(self) -> tuple[FinishReason, Usage, Timeline]:
-        """The answer is complete: what is to be said and kept of it."""
+    def _echoed_tokens(self) -> list[Shown]:
+        """The prompt's tokens with their log probabilities; the first one has none."""
+        ids, at, shown = unpack(self.request.prompt), 0, []
+        for token in (Token(ids[0]), *self.prompt_logprobs):
+            shown.append(Shown(token, min(at, self._chars)))
+            at += len(self._manner.tokenizer.spell(token.id).decode(errors="replace"))
+        return shown
+
+    def _scored(self, token: Token) -> Fields:
+        """vLLM's form: by token id, the token itself first; ranks count from 1 and are null beyond those asked for."""
+        ranked = {other: (logprob, rank) for rank, (other, logprob) in enumerate(token.top, 1)}
+        own = {token.id: (token.logprob, ranked.get(token.id, (None, None))[1])}
+        return {
+            str(each): {
+                "logprob": openai.finite(logprob),
+                "rank": rank,
+                "decoded_token": self._manner.tokenizer.spell(each).decode(errors="replace"),
+            }
+            for each, (logprob, rank) in (own | ranked).items()
+        }
+
+    def _settle(self) -> Ending:
+        """The choice is complete: what is to be said and kept of it."""
         finish, timeline = self._finish, self._timeline()
-        reason: FinishReason = "stop" if finish is None or self._output.is_stopped else finish.reason
-        cached = None if self.record.timeline is None else timeline.cached_tokens
+        reason = "stop" if finish is None or self._output.stopped_by else finish.reason
         self.record.state = "finished"
         self.record.finish_reason = reason
         self.record.timeline = timeline
-        self._series.e2e_s.observe(now() - self.arrived_s)
-        self._series.stream_moves += timeline.moves
-        metrics.count(self._series.finished, reason)
+        series = self._manner.series
+        series.e2e_s.observe(now() - self._manner.arrived_s)
+        series.stream_moves += timeline.moves
+        metrics.count(series.finished, reason)
         started_s, ended_s = timeline.prefill_started_s, timeline.prefill_ended_s
         if started_s is not None and ended_s is not None:
-            self._series.queue_s.observe(started_s)
-            self._series.prefill_s.observe(ended_s - started_s)
-        return reason, Usage(self.request.prompt_tokens, self._tokens, cached), timeline
+            series.queue_s.observe(started_s)
+            series.prefill_s.observe(ended_s - started_s)
+        return Ending(reason, self._stop_reason(), {})
+
+    def _stop_reason(self) -> str | int | None:
+        """The stop string, or the token of `stop_token_ids`; the end of a text is no reason that was asked for."""
+        if self._output.stopped_by:
+            return self._output.stopped_by
+        stop = None if self._finish is None else self._finish.stop_token
+        return stop if stop in self.request.sampling.stop_token_ids else None
 
     def _timeline(self) -> Timeline:
         """The workers', completed by what is known here if they were stopped before they could tell the end."""
         if self._finish is not None:
             return self._finish.timeline
         told = self.record.timeline or Timeline(prompt_tokens=self.request.prompt_tokens)
-        return msgspec.structs.replace(told, output_tokens=self._tokens, ended_s=now() - self.arrived_s)
+        return msgspec.structs.replace(told, output_tokens=self.tokens, ended_s=now() - self._manner.arrived_s)

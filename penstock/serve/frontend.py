@@ -5,7 +5,7 @@
 A request is one coroutine. It holds the backend's stream in an `async with`, so however it ends (the last token, a
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
-    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions
+    GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions  /tokenize  /detokenize
     GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
@@ -19,7 +19,7 @@ import asyncio
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,28 +42,31 @@ from penstock.errors import (
     PenstockError,
     Unauthorized,
     UnknownModel,
-    Unsupported,
     WorkerDraining,
 )
 from penstock.request import Constraints, Finish, Request, Timeline, Token
-from penstock.serve import openai
-from penstock.serve.answer import Answer, Record
+from penstock.serve import openai, tokenize
+from penstock.serve.answer import Answer, Choice, Manner, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.http import Exchange, Receive, Scope, Send
+from penstock.serve.intake import check_needs, echoes_of, encode_prompts, requests_of, sampling_of
 from penstock.serve.keys import Keys
-from penstock.serve.openai import Ask, Dialect, Heading
+from penstock.serve.openai import Dialect, Heading
 from penstock.serve.pulse import Pulse
 from penstock.serve.text import Tokenizer
 from penstock.serve.wishes import constraints_of, timeout_of
-from penstock.tokens import pack
 
 log = logging.getLogger(__name__)
 
 
 class TokenStream(Protocol):
-    """One request's output. `timeline` is what the workers have told so far, None before the first token."""
+    """One request's output. `timeline` is what the workers have told so far, None before the first token.
+
+    `prompt_logprobs` are those of the prompt's tokens but the first, where they were asked for, with the first token.
+    """
 
     timeline: Timeline | None
+    prompt_logprobs: list[Token] | None
 
     async def read(self) -> tuple[list[Token], Finish | None]:
         """Waits for news: tokens since the last read, and the end with the last of them.
@@ -151,6 +154,8 @@ class Frontend:
             "/v1/models": ("GET", self._list_models),
             "/v1/completions": ("POST", lambda exchange: self._generate(exchange, openai.COMPLETIONS)),
             "/v1/chat/completions": ("POST", lambda exchange: self._generate(exchange, openai.CHAT)),
+            "/tokenize": ("POST", lambda exchange: self._tell(exchange, tokenize.tokenize)),
+            "/detokenize": ("POST", lambda exchange: self._tell(exchange, tokenize.detokenize)),
             "/health": ("GET", self._show_health),
             "/live": ("GET", self._show_live),
             "/ready": ("GET", self._show_ready),
@@ -235,7 +240,7 @@ class Frontend:
         with self._admitted():
             async with asyncio.timeout(self._options.timeout_s):
                 body = await exchange.read_body(self._options.body_bytes)
-            answer = self._understand(exchange, dialect, body, arrived_s)
+                answer = await self._understand(exchange, dialect, body, arrived_s)
             try:
                 async with asyncio.TaskGroup() as group:
                     watcher = group.create_task(exchange.watch_client(self._options.slow_client_s))
@@ -244,6 +249,14 @@ class Frontend:
             except* Cancelled as left:
                 answer.cancel(left.exceptions[0])
                 exchange.abort()
+
+    async def _tell(self, exchange: Exchange, tell: tokenize.Tell) -> None:
+        """What needs no worker's time."""
+        with self._admitted():
+            async with asyncio.timeout(self._options.timeout_s):
+                body = await exchange.read_body(self._options.body_bytes)
+                answer = await tell(body, self._find_model, self._served())
+            await exchange.respond(200, answer)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -261,35 +274,33 @@ class Frontend:
             if not self.metrics.inflight:
                 self._is_idle.set()
 
-    def _understand(self, exchange: Exchange, dialect: Dialect, body: bytes, arrived_s: float) -> Answer:
+    async def _understand(self, exchange: Exchange, dialect: Dialect, body: bytes, arrived_s: float) -> Answer:
         """Everything that can be refused without asking a worker is refused here."""
         kind = exchange.headers.get(b"content-type", b"application/json")
         if kind.partition(b";")[0].strip().lower() != b"application/json":
             # Also what keeps web pages of other origins from asking: a browser sends them no other type unasked.
             raise BadRequest("the body must be JSON; send the header Content-Type: application/json")
         ask = dialect.parse(body)
-        card, tokenizer = self._find_model(ask.model)
-        for feature, name in ask.needs:
-            if feature not in card.supports:
-                raise Unsupported(f"the engine that serves {ask.model!r} has no {feature}; leave {name} out", name)
-        tenant, adapter = self._keys.find_tenant(exchange.headers), card.name if card.base else ""
-        wishes = constraints_of(exchange.headers, ask, tenant, adapter)
-        prompt = _encode_prompt(ask, tokenizer, card.max_context_tokens)
-        budget = openai.output_budget(len(prompt), ask.max_tokens, dialect.default_tokens, card.max_context_tokens)
-        seed = self._rng.getrandbits(63) if ask.seed is None else ask.seed
-        request = Request(
-            id=exchange.id,
-            model=card.base or ask.model,
-            prompt=pack(prompt),
-            sampling=ask.sampling(budget, seed),
-            timeout_s=timeout_of(exchange.headers, self._options.timeout_s),
-            salt=_salt(wishes),
-            constraints=wishes,
-        )
         if exchange.headers.get(b"x-penstock-timeline") == b"1":
             ask = msgspec.structs.replace(ask, wants_timeline=True)
-        heading = Heading(dialect.id_prefix + request.id, int(wall_s()), ask.model)
-        answer = Answer(ask, dialect, request, tokenizer, heading, self.metrics.model(ask.model), arrived_s)
+        card, tokenizer = self._find_model(ask.model)
+        check_needs(ask, card)
+        tenant, adapter = self._keys.find_tenant(exchange.headers), card.name if card.base else ""
+        wishes = constraints_of(exchange.headers, ask, tenant, adapter)
+        prompts = await encode_prompts(ask, tokenizer, card.max_context_tokens)
+        like = Request(
+            id=exchange.id,
+            model=card.base or ask.model,
+            prompt=b"",
+            sampling=await sampling_of(ask, tokenizer, {}, self._rng),
+            timeout_s=timeout_of(exchange.headers, self._options.timeout_s),
+            salt=_salt(wishes, ask.salt),
+            constraints=wishes,
+        )
+        requests = requests_of(ask, prompts, card, dialect.default_tokens, like)
+        heading = Heading(dialect.id_prefix + exchange.id, int(wall_s()), ask.model)
+        manner = Manner(ask, dialect, heading, tokenizer, self.metrics.model(ask.model), arrived_s)
+        answer = Answer(manner, requests, await echoes_of(ask, prompts, tokenizer))
         self._remember(exchange.name, answer)
         return answer
 
@@ -306,9 +317,8 @@ class Frontend:
 
     async def _answer(self, exchange: Exchange, answer: Answer) -> None:
         """From the first token to the last byte. Answers errors as well: beyond the task group they are wrapped."""
-        timeout_s = answer.request.timeout_s
         try:
-            latest_s = min(answer.arrived_s + timeout_s, self._closes_s)
+            latest_s = min(answer.arrived_s + answer.timeout_s, self._closes_s)
             async with asyncio.timeout_at(latest_s) as deadline:
                 self._deadlines[deadline] = None
                 try:
@@ -316,31 +326,49 @@ class Frontend:
                 finally:
                     del self._deadlines[deadline]
         except Exception as error:
-            explained = self._explain(error, timeout_s)
+            explained = self._explain(_innermost(error), answer.timeout_s)
             answer.fail(explained)
             await self._refuse(exchange, explained)
 
     async def _stream(self, exchange: Exchange, answer: Answer) -> None:
-        async with self._backend.generate(answer.request) as stream:
-            while not answer.is_complete:
+        if len(answer.choices) > 1:
+            await _each(answer, lambda choice: self._stream_one_of_many(exchange, choice))
+            await exchange.end(answer.closing())
+            return
+        (choice,) = answer.choices
+        await self._stream_choice(exchange, choice)
+        await exchange.end(choice.closing() + answer.closing())
+
+    async def _stream_one_of_many(self, exchange: Exchange, choice: Choice) -> None:
+        await self._stream_choice(exchange, choice)
+        await exchange.write(choice.closing(), now())
+
+    async def _stream_choice(self, exchange: Exchange, choice: Choice) -> None:
+        async with self._backend.generate(choice.request) as stream:
+            while not choice.is_complete:
                 tokens, finish = await stream.read()
-                answer.record.timeline = stream.timeline
+                choice.record.timeline = stream.timeline
                 at_s = now()
-                events = answer.events(tokens, finish, at_s)
-                if not exchange.is_started:  # not sooner: what fails before the first token has its own status
-                    await exchange.begin()
-                    await exchange.write(answer.opening, at_s)
+                events = choice.events(tokens, finish, at_s)
+                if not choice.has_begun.is_set():
+                    choice.begin(stream.prompt_logprobs)
+                    if not exchange.is_started:  # not sooner: what fails before the first token has its own status
+                        await exchange.begin()
+                    await exchange.write(choice.opening(), at_s)
                 await exchange.write(events, at_s)
-        await exchange.end(answer.closing())
 
     async def _respond(self, exchange: Exchange, answer: Answer) -> None:
-        texts: list[str] = []
-        async with self._backend.generate(answer.request) as stream:
-            while not answer.is_complete:
+        await _each(answer, self._collect_choice)
+        await exchange.respond(200, answer.body())
+
+    async def _collect_choice(self, choice: Choice) -> None:
+        async with self._backend.generate(choice.request) as stream:
+            while not choice.is_complete:
                 tokens, finish = await stream.read()
-                answer.record.timeline = stream.timeline
-                texts += answer.take(tokens, finish, now())
-        await exchange.respond(200, answer.body("".join(texts)))
+                choice.record.timeline = stream.timeline
+                choice.collect(tokens, finish, now())
+                if not choice.has_begun.is_set():
+                    choice.begin(stream.prompt_logprobs)
 
     # Errors
 
@@ -379,10 +407,10 @@ class Frontend:
     # What people and Prometheus want to see
 
     def _remember(self, name: str, answer: Answer) -> None:
-        """Under the client's name for it, too; the oldest are forgotten."""
-        for key in (name, answer.request.id):
+        """Under the client's name for it, too, and each choice under its own; the oldest are forgotten."""
+        for key, choice in ((name, answer.choices[0]), *((each.request.id, each) for each in answer.choices)):
             self._records.pop(key, None)
-            self._records[key] = answer.record
+            self._records[key] = choice.record
         while len(self._records) > 2 * self._options.records:
             self._records.popitem(last=False)
 
@@ -453,9 +481,34 @@ class Frontend:
         await exchange.respond(200, text.encode(), b"text/plain; charset=utf-8")
 
 
-def _salt(wishes: Constraints) -> str:
-    """What tenants and adapters compute is not for others."""
-    return f"{wishes.tenant} {wishes.adapter}" if wishes.tenant or wishes.adapter else ""
+async def _each(answer: Answer, follow: Callable[[Choice], Awaitable[None]]) -> None:
+    """Follows all choices. Those of one prompt wait for the first token of the first: then its blocks are cached."""
+    if len(answer.choices) == 1:
+        await follow(answer.choices[0])
+        return
+
+    async def in_turn(choice: Choice) -> None:
+        leader = answer.leader_of(choice)
+        if choice is not leader:
+            await leader.has_begun.wait()
+        await follow(choice)
+
+    async with asyncio.TaskGroup() as group:
+        for choice in answer.choices:
+            group.create_task(in_turn(choice))
+
+
+def _innermost(error: Exception) -> Exception:
+    """The first of those that a task group raises together."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _salt(wishes: Constraints, asked: str) -> str:
+    """What tenants and adapters compute is not for others; nor is what a client asks to keep apart."""
+    own = f"{wishes.tenant} {wishes.adapter}" if wishes.tenant or wishes.adapter else ""
+    return f"{own} {asked}" if asked else own
 
 
 def _without_prefix(name: str) -> str:
@@ -481,24 +534,3 @@ def _head(record: Record) -> dict[str, object]:
         "ended_s": timeline.ended_s,
         "error": record.error,
     }
-
-
-def _encode_prompt(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[int]:
-    """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
-    if ask.messages is not None:
-        name, prompt = "messages", tokenizer.encode_chat(ask.messages, context_tokens)
-    elif ask.text is not None:
-        name, prompt = "prompt", tokenizer.encode_text(ask.text, context_tokens)
-    else:
-        name, prompt = "prompt", ask.tokens or []
-        _check_tokens(prompt, "prompt", tokenizer)
-    _check_tokens(ask.stop_token_ids, "stop_token_ids", tokenizer)
-    if not prompt:
-        raise BadRequest(f"{name}: it makes no tokens", name)
-    return prompt
-
-
-def _check_tokens(tokens: Sequence[int], name: str, tokenizer: Tokenizer) -> None:
-    largest = max(tokens, default=0)
-    if largest >= tokenizer.vocab_size:
-        raise BadRequest(f"{name}: token {largest}; the model has {tokenizer.vocab_size} tokens, from 0 on", name)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from penstock.errors import BadRequest, PenstockError
+from penstock.serve.chat_template import Chat
 from penstock.serve.text import Tokenizer
 from penstock.serve.upstream import Upstream
 from penstock.tokens import TOKEN_BYTES, pack
@@ -81,25 +82,26 @@ class Prompts:
         """
         given = _first(wanted.prompt)
         try:
-            found = given if isinstance(given, list) else self._encode(wanted, given, limit)
+            found: Sequence[int] = given if isinstance(given, list) else await self._encode(wanted, given, limit)
             if not found and url is not None and (given or bytes(wanted.messages)):
                 found = await self._ask(url, wanted, given)
             return pack(found) if found else _as_text(wanted, given)
         except (PenstockError, msgspec.MsgspecError, OverflowError):
             return _as_text(wanted, given)
 
-    def _encode(self, wanted: Wanted, given: str | None, limit: int) -> list[int]:
+    async def _encode(self, wanted: Wanted, given: str | None, limit: int) -> Sequence[int]:
         """Nothing if this is not for the router's tokenizer, or it has none. Raises PenstockError or MsgspecError."""
         if self._tokenizer is None:
             return []
         if given is not None:
-            return self._tokenizer.encode_text(given, limit)
+            return await self._tokenizer.encode_text(given, limit)
         if not bytes(wanted.messages) or bytes(wanted.tools) or bytes(wanted.chat_template_kwargs):
             return []
         messages = _read_messages(wanted.messages)
         if not all(map(_is_text, messages)):
             return []
-        return self._tokenizer.encode_chat([{"role": one.role, "content": _text_of(one)} for one in messages], limit)
+        chat = Chat([{"role": one.role, "content": _text_of(one)} for one in messages])
+        return await self._tokenizer.encode_chat(chat, limit)
 
     async def _ask(self, url: str, wanted: Wanted, given: str | list[int] | None) -> list[int]:
         raw = {

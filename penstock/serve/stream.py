@@ -113,6 +113,7 @@ class Stream:
         self._frames = 0  # of tokens, from the present worker
         self._first: Timeline | None = None  # as it was when the worker that gave the first token was lost
         self.timeline: Timeline | None = None
+        self.prompt_logprobs: list[Token] | None = None
         self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
 
     @property

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from penstock.errors import BadRequest
 from penstock.request import Constraints, Label
-from penstock.serve.openai import Ask
+from penstock.serve.asks import Ask
 
 Headers = Mapping[bytes, bytes]
 

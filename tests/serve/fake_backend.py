@@ -14,9 +14,11 @@ from penstock.cluster import ModelCard, Standing
 from penstock.metrics import IndexMetrics
 from penstock.policy.routing.api import Choice
 from penstock.request import Finish, Request, Timeline, Token
+from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.frontend import Frontend, FrontendOptions
-from penstock.serve.text import ChatTemplate, Tokenizer
+from penstock.serve.text import Tokenizer
+from penstock.tokens import unpack
 from tests.serve.tokenizers_made import CHAT, byte_level
 
 TOLD = Timeline(decode_worker="decode-0", cached_tokens=3, first_token_s=0.3)
@@ -24,11 +26,15 @@ News = tuple[list[Token], Finish | None]
 Script = Callable[[Request], AsyncGenerator[News, None]]
 
 TOKENIZER = Tokenizer(byte_level(), ChatTemplate(CHAT, {}), "demo")
-CARD = ModelCard("demo", 200, ("logprobs", "sampling"))
+CARD = ModelCard("demo", 200, ("logprobs", "sampling", "penalties", "prompt_logprobs"))
 
 
 def tokens_of(text: str) -> list[Token]:
     return [Token(token) for token in byte_level().encode(text).ids]
+
+
+def scored_as(token: int) -> Token:
+    return Token(token, -token / 100, ((0, -0.5),))
 
 
 def finish(reason: Any = "length", stop_token: int | None = None) -> Finish:
@@ -92,9 +98,10 @@ def stuck(after: str = "") -> Script:
 
 
 class FakeStream:
-    def __init__(self, news: AsyncIterator[News]) -> None:
+    def __init__(self, news: AsyncIterator[News], scores: list[Token] | None) -> None:
         self._news = news
         self.timeline: Timeline | None = None
+        self.prompt_logprobs = scores
 
     async def read(self) -> News:
         await asyncio.sleep(0)
@@ -139,7 +146,8 @@ class FakeBackend:
         self.entered.set()
         news = self.script(request)
         try:
-            yield FakeStream(news)
+            scored = request.sampling.prompt_logprobs is not None
+            yield FakeStream(news, [scored_as(token) for token in unpack(request.prompt)[1:]] if scored else None)
         finally:
             await news.aclose()
             self.live -= 1

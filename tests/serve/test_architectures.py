@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -70,18 +72,17 @@ async def play(
     route: Route,
     transports: dict[str, Transport] | None = None,
     engine: type[EmbeddedEngine] = EmbeddedEngine,
+    mutant: AbstractContextManager[object] = nullcontext(),
 ) -> Ids:
-    """The story. The outputs for `JOINING`, then for `CACHED`."""
+    """The outputs for `JOINING`, then for `CACHED`. A `mutant` comes in once the models were loaded and tried out."""
     options = Options(str(folder), threads=1)
     engines = {"p": ("prefill", engine(options)), "d": ("decode", engine(options))}
     layout = engines["d"][1].info.layout
     # Who joins has room for the prompt, not for the output as well.
     blocks = 1 + layout.blocks_for(len(LONGEST) + TOKENS, SMALL_STEPS.limits.step_tokens)
     async with cluster(engines, route, SMALL_STEPS, blocks, transports) as site:
-        joined = [asyncio.create_task(join(site, turn, prompt)) for turn, prompt in enumerate(JOINING)]
-        await leave(site, prompts(50)[0])
-        outputs = [await task for task in joined]
-        outputs += [ids((await site.ask(prompt, GREEDY))[0]) for prompt in CACHED]
+        with mutant:
+            outputs = await tell(site)
         load = site.workers["d"].load()
         if "all" in layout.keeps:  # a window alone does not grow while it decodes
             assert load.preemptions > 0
@@ -91,6 +92,13 @@ async def play(
         assert (load.copied_bytes > 0) == (transports is not None)
         site.check_all_free()
         return outputs
+
+
+async def tell(site: Cluster) -> Ids:
+    joined = [asyncio.create_task(join(site, turn, prompt)) for turn, prompt in enumerate(JOINING)]
+    await leave(site, prompts(50)[0])
+    outputs = [await task for task in joined]
+    return outputs + [ids((await site.ask(prompt, GREEDY))[0]) for prompt in CACHED]
 
 
 async def join(site: Cluster, turn: int, prompt: list[int]) -> list[int]:
@@ -132,21 +140,19 @@ def test_tokens_equal_generate_where_kv_crosses_a_network(
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
-def test_a_window_that_is_too_short_shows(
-    reference: Callable[[str], tuple[Path, Ids]], architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_that_is_too_short_shows(reference: Callable[[str], tuple[Path, Ids]], architecture: str) -> None:
     folder, wanted = reference(architecture)
     real = Group.span
 
     def shorter(group: Group, window: int | None, table: int) -> Span:
         return real(group, None if window is None else window // 2, table)
 
-    monkeypatch.setattr(Group, "span", shorter)
-    assert run(play(folder, ROUTES["disaggregated"]), timeout_s=60) != wanted
+    mutant = patch.object(Group, "span", shorter)
+    assert run(play(folder, ROUTES["disaggregated"], mutant=mutant), timeout_s=60) != wanted
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dropped"),
+    ("architecture", "scoring"),
     [
         ("gemma2", lambda scaling, softcap, sinks: Scoring(scaling, None, sinks)),
         ("gpt_oss", lambda scaling, softcap, sinks: Scoring(scaling, softcap, None)),
@@ -154,14 +160,11 @@ def test_a_window_that_is_too_short_shows(
     ids=["softcap", "sinks"],
 )
 def test_a_dropped_softcap_or_sink_shows(
-    reference: Callable[[str], tuple[Path, Ids]],
-    architecture: str,
-    dropped: Callable[..., Scoring],
-    monkeypatch: pytest.MonkeyPatch,
+    reference: Callable[[str], tuple[Path, Ids]], architecture: str, scoring: Callable[..., Scoring]
 ) -> None:
     folder, wanted = reference(architecture)
-    monkeypatch.setattr(embedded_attention, "Scoring", dropped)
-    assert run(play(folder, ROUTES["disaggregated"]), timeout_s=60) != wanted
+    mutant = patch.object(embedded_attention, "Scoring", scoring)
+    assert run(play(folder, ROUTES["disaggregated"], mutant=mutant), timeout_s=60) != wanted
 
 
 class Forgetful(EmbeddedEngine):

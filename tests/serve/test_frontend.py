@@ -102,6 +102,152 @@ def test_a_chat_stream_has_one_event_for_each_token() -> None:
     play(story)
 
 
+def counting() -> Script:
+    """Each choice says its number; its tokens' log probabilities are its own."""
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        choice = request.sampling.choice
+        *first, last = [Token(token.id, -1.0 / (1 + choice)) for token in tokens_of(f"number {choice}")]
+        for token in first:
+            yield [token], None
+        yield [last], finish()
+
+    return script
+
+
+def test_several_choices_share_a_seed_and_wait_for_the_first_ones_prompt() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, n=3, seed=5)
+        said = [(each["index"], each["message"]["content"]) for each in client.json["choices"]]
+        assert said == [(0, "number 0"), (1, "number 1"), (2, "number 2")]
+        first = backend.requests[0].id
+        assert [request.id for request in backend.requests] == [first, f"{first}-1", f"{first}-2"]
+        assert {request.sampling.seed for request in backend.requests} == {5}
+        assert client.json["usage"]["prompt_tokens"] == backend.requests[0].prompt_tokens
+        assert client.json["usage"]["completion_tokens"] == sum(len(tokens_of(text)) for _, text in said)
+        record = (await get(app, f"/debug/requests/{first}-2")).json
+        assert (record["state"], record["id"]) == ("finished", f"chatcmpl-{first}-2")
+
+    play(story, counting())
+
+
+def test_several_choices_of_several_prompts_stream_side_by_side() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        options = {"include_usage": True}
+        client = await complete(app, prompt=["a", "bb"], n=2, stream=True, stream_options=options)
+        *events, usage, done = client.events
+        assert done == "[DONE]"
+        texts, reasons = ["", "", "", ""], []
+        for event in events:
+            (choice,) = event["choices"]
+            texts[choice["index"]] += choice["text"]
+            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+        assert texts == ["number 0", "number 1"] * 2
+        assert reasons == ["length"] * 4
+        prompts = {request.prompt: request.prompt_tokens for request in backend.requests}
+        assert usage["usage"]["prompt_tokens"] == sum(prompts.values())
+
+    play(story, counting())
+
+
+def test_a_choice_that_fails_ends_them_all() -> None:
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        for token in tokens_of("water"):
+            yield [token], None
+        if request.sampling.choice == 1:
+            raise WorkerLost("decode-0 is gone")
+        await asyncio.Event().wait()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, n=3)
+        assert (client.status, client.json["error"]["code"]) == (502, "worker_lost")
+        client = await chat(app, n=3, stream=True)
+        assert client.events[-1]["error"]["code"] == "worker_lost"
+
+    play(story, script)
+
+
+def test_the_best_of_several_choices_is_the_likeliest() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await complete(app, n=2, best_of=4)
+        assert [(each["index"], each["text"]) for each in client.json["choices"]] == [(0, "number 3"), (1, "number 2")]
+        assert client.json["choices"][0]["logprobs"] is None
+        assert client.json["usage"]["completion_tokens"] == sum(len(tokens_of(f"number {i}")) for i in range(4))
+
+    play(story, counting())
+
+
+def test_echoed_prompts_come_with_their_log_probabilities() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        (choice,) = (await complete(app, prompt="fire and water", echo=True, logprobs=1)).json["choices"]
+        prompt, output = tokens_of("fire and water"), tokens_of("water and power")
+        assert choice["text"] == "fire and waterwater and power"
+        shown = choice["logprobs"]
+        assert len(shown["tokens"]) == len(prompt) + len(output)
+        assert shown["token_logprobs"][: len(prompt)] == [None, *(-token.id / 100 for token in prompt[1:])]
+        assert shown["top_logprobs"][0] is None
+        assert shown["text_offset"][0] == 0
+        assert shown["text_offset"][len(prompt)] == len("fire and water")
+        whole = (await complete(app, prompt="fire", echo=True, max_tokens=0)).json
+        assert whole["choices"][0]["text"] == "fire"
+        assert whole["usage"]["completion_tokens"] == 0
+        assert backend.requests[-1].sampling.max_tokens == 1
+        events = (await complete(app, prompt="fire", echo=True, stream=True)).events
+        assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "firewater and power"
+
+    play(story)
+
+
+def test_prompt_logprobs_in_vllms_form() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        (choice,) = (await complete(app, prompt="fire and", prompt_logprobs=1)).json["choices"]
+        prompt = tokens_of("fire and")
+        assert choice["prompt_logprobs"][0] is None
+        second = choice["prompt_logprobs"][1]
+        name = byte_level().decode([prompt[1].id])
+        assert second[str(prompt[1].id)] == {"logprob": -prompt[1].id / 100, "rank": None, "decoded_token": name}
+        assert second["0"]["rank"] == 1
+        chatted = (await chat(app, prompt_logprobs=1)).json
+        assert len(chatted["prompt_logprobs"]) == backend.requests[-1].prompt_tokens
+
+    play(story)
+
+
+def test_token_ids_are_told_where_they_are_asked_for() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        (choice,) = (await complete(app, return_token_ids=True, truncate_prompt_tokens=1)).json["choices"]
+        assert choice["token_ids"] == [token.id for token in tokens_of("water and power")]
+        assert choice["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt)) == [tokens_of("water")[-1].id]
+        *events, _, _ = (await complete(app, return_token_ids=True, stream=True)).events
+        assert [event["choices"][0]["token_ids"] for event in events] == [[id] for id in choice["token_ids"]]
+        named = await complete(app, logprobs=0, return_tokens_as_token_ids=True)
+        assert named.json["choices"][0]["logprobs"]["tokens"][0] == f"token_id:{choice['token_ids'][0]}"
+
+    play(story)
+
+
+def test_stop_strings_may_be_included_and_wait_for_the_least_number_of_tokens() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        (choice,) = (await complete(app, stop=[" and"], include_stop_str_in_output=True)).json["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("water and", "stop", " and")
+        (choice,) = (await complete(app, stop=["w"], min_tokens=len(tokens_of("water and p")))).json["choices"]
+        assert choice["text"] == "water and po"
+
+    play(story)
+
+
+def test_what_samples_reaches_the_worker() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        await complete(app, min_p=0.1, presence_penalty=1, logit_bias={"5": 2}, bad_words=["water"], min_tokens=3)
+        asked = backend.requests[-1].sampling
+        assert (asked.min_p, asked.presence_penalty, asked.logit_bias, asked.min_tokens) == (0.1, 1.0, ((5, 2.0),), 3)
+        spellings = {tuple(byte_level().encode(word).ids) for word in ("water", " water")}
+        assert set(asked.bad_words) <= spellings
+        assert tuple(byte_level().encode("water").ids) in asked.bad_words
+
+    play(story)
+
+
 def test_completions_whole_and_streamed() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         whole = await complete(app)
@@ -232,7 +378,10 @@ def test_wrong_paths_and_methods(method: str, path: str, status: int) -> None:
     ("fields", "param", "code"),
     [
         ({"model": "other"}, "model", "model_not_found"),
-        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"min_tokens": 21, "max_tokens": 20}, "min_tokens", None),
+        ({"logit_bias": {"10000": 1}}, "logit_bias", None),
+        ({"bad_words": ["water " * 100]}, "bad_words[0]", None),
+        ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
         ({"max_tokens": 200}, None, "context_length_exceeded"),
         ({"prompt": "water " * 500}, None, "context_length_exceeded"),
         ({"prompt": list(range(200))}, None, "context_length_exceeded"),

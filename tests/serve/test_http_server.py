@@ -117,8 +117,8 @@ def test_the_official_client_understands_our_errors(play: Any) -> None:
                 with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
                     await ask(model="other", messages=MESSAGES)
                 with pytest.raises(openai.BadRequestError) as caught:
-                    await ask(model="demo", messages=MESSAGES, n=2)
-                assert (caught.value.param, caught.value.code) == ("n", "unsupported_parameter")
+                    await ask(model="demo", messages=MESSAGES, store=True)
+                assert (caught.value.param, caught.value.code) == ("store", "unsupported_parameter")
                 backend.script = failing(Overloaded("full"))
                 with pytest.raises(openai.InternalServerError) as overloaded:
                     await ask(model="demo", messages=MESSAGES)
@@ -170,7 +170,7 @@ def test_a_client_that_does_not_read_is_cut(play: Any) -> None:
 def test_requests_in_a_row_and_at_once_on_one_connection(play: Any) -> None:
     async def story() -> None:
         async with serving(FakeBackend()) as address, connected(address) as (reader, writer):
-            writer.write(post(chat_body()) + post(chat_body(n=2)) + post(chat_body()))
+            writer.write(post(chat_body()) + post(chat_body(n=0)) + post(chat_body()))
             for status in (200, 400, 200):
                 head, body = await read_response(reader)
                 assert head.startswith(b"http/1.1 %d " % status)

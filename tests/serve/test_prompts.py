@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from penstock.errors import BadRequest
+from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.prompts import Prompts, read_wanted
-from penstock.serve.text import ChatTemplate, Tokenizer
+from penstock.serve.text import Tokenizer
 from penstock.serve.upstream import Upstream
 from penstock.tokens import unpack
 from tests.serve.fake_servers import FakeServer, up
@@ -26,7 +27,7 @@ def tokens(fields: dict[str, object], has_tokenizer: bool = True) -> list[int]:
 
 
 def encoded(text: str) -> list[int]:
-    return Tokenizer(byte_level(), None, "m").encode_text(text, 4096)
+    return list(run(Tokenizer(byte_level(), None, "m").encode_text(text, 4096)))
 
 
 def asked(content: object, **more: object) -> dict[str, object]:

@@ -14,20 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from penstock.blocks import KvLayout
-from penstock.engine import embedded
+from penstock.engine import embedded, embedded_attention
 from penstock.engine.embedded import EmbeddedEngine, Options
+from penstock.engine.embedded_attention import Scoring
 from penstock.errors import MissingExtra, SetupError, UnreadableModel, UnsupportedModel
-from tests.models import make_model
+from tests.models import ALIKE, SERVED, make_model
 from tests.support import run
 
 Checkpoint = Callable[[str], Path]
 
 
-def enter(folder: Path) -> None:
+def enter(folder: Path, dtype: str = "float32") -> None:
     async def inside() -> None:
-        async with EmbeddedEngine(Options(str(folder), device="cpu", threads=1)):
+        async with EmbeddedEngine(Options(str(folder), device="cpu", dtype=dtype, threads=1)):
             pass
 
     run(inside())
@@ -44,6 +46,12 @@ def test_what_is_known_before_the_weights_are_read(checkpoint: Checkpoint, tmp_p
     assert (info.device, info.shares_memory) == ("cpu", True)
 
 
+def test_of_a_latent_one_row_per_token_is_cached(checkpoint: Checkpoint) -> None:
+    layout = EmbeddedEngine(Options(str(checkpoint("deepseek_v3")), device="cpu")).info.layout
+    assert layout == KvLayout(layers=4, kv_heads=1, head_dim=24 + 8, block_tokens=16, dtype="float32", sides=1)
+    assert layout.token_bytes == 4 * (24 + 8) * 4
+
+
 def test_the_cpu_computes_in_float32_unless_told(checkpoint: Checkpoint) -> None:
     assert EmbeddedEngine(Options(str(checkpoint("llama")), device="cpu")).info.layout.dtype == "float32"
 
@@ -55,9 +63,15 @@ def test_the_cpu_computes_in_float32_unless_told(checkpoint: Checkpoint) -> None
         ("llama4_text", "Llama4ForCausalLM has layers of type chunked_attention"),
         ("qwen3_next", "Qwen3NextForCausalLM keeps a state"),
         ("mamba", "MambaForCausalLM keeps a state"),
+        ("rwkv", "RwkvForCausalLM keeps a state"),
+        ("jamba", "JambaForCausalLM keeps a state"),
+        ("kimi_linear", "KimiLinearForCausalLM keeps a state"),
+        ("minimax", "MiniMaxForCausalLM has layers of type linear_attention"),
+        ("mimo_v2_flash", "MiMoV2FlashForCausalLM caches values of another width than keys"),
         ("bloom", "BloomForCausalLM does not use AttentionInterface"),
         ("gemma3n_text", "Gemma3nForCausalLM shares keys and values between layers"),
         ("gemma4_text", "Gemma4ForCausalLM has layers of different shapes"),
+        ("bart", "BartForCausalLM is no decoder"),
         ("t5", "T5Config is no decoder"),
     ],
 )
@@ -67,10 +81,48 @@ def test_other_caches_are_refused(tmp_path: Path, architecture: str, reason: str
         EmbeddedEngine(Options(str(tmp_path), device="cpu"))
 
 
+def test_what_is_tested_is_listed() -> None:
+    listed = (Path(__file__).parents[3] / "docs/engine.md").read_text()
+    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture] for architecture in SERVED + ALIKE]
+    assert [name for name in names if f"`{name}`" not in listed] == []
+
+
 def test_encoders_are_refused(tmp_path: Path) -> None:
     AutoConfig.for_model("bert", architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="BertForMaskedLM is no decoder"):
         EmbeddedEngine(Options(str(tmp_path), device="cpu"))
+
+
+def test_layers_that_attend_to_something_else_than_they_cache_are_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("diffllama", vocab_size=50, num_key_value_heads=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"DiffLlamaForCausalLM failed .* changes keys and values"):
+        enter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "scoring"),
+    [
+        ("llama", "float32", lambda scaling, softcap, sinks: Scoring(1.01 * scaling, softcap, sinks)),
+        ("llama", "bfloat16", lambda scaling, softcap, sinks: Scoring(4 * scaling, softcap, sinks)),
+        ("gemma2", "float32", lambda scaling, softcap, sinks: Scoring(scaling, None, sinks)),
+        ("gpt_oss", "float32", lambda scaling, softcap, sinks: Scoring(scaling, softcap, None)),
+    ],
+    ids=["scaling", "scaling coarsely", "softcap", "sinks"],
+)
+def test_attention_that_is_not_the_models_own_is_refused(
+    checkpoint: Checkpoint,
+    architecture: str,
+    dtype: str,
+    scoring: Callable[..., Scoring],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = checkpoint(architecture)
+    enter(folder, dtype)
+    monkeypatch.setattr(embedded_attention, "Scoring", scoring)
+    with pytest.raises(UnsupportedModel, match=r"ForCausalLM does not attend as this engine does"):
+        enter(folder, dtype)
 
 
 def test_what_the_configuration_hides_shows_in_a_trial_step(tmp_path: Path) -> None:

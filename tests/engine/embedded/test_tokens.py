@@ -13,14 +13,14 @@ import pytest
 from penstock.engine.embedded import EmbeddedEngine, Options
 from penstock.request import Sampling
 from tests.engine.embedded.driver import WHOLE, Driver, Running, distance, generated, prompts
-from tests.models import SERVED, WINDOWED
+from tests.models import ALIKE, SERVED, WINDOWED
 from tests.support import run
 
 Checkpoint = Callable[[str], Path]
 TOKENS = 16
 
 
-@pytest.mark.parametrize("architecture", SERVED)
+@pytest.mark.parametrize("architecture", SERVED + ALIKE)
 def test_any_mixture_of_slices_equals_generate(checkpoint: Checkpoint, architecture: str) -> None:
     folder = checkpoint(architecture)
     texts = prompts(7, 40, 61, 33)
@@ -55,7 +55,7 @@ def test_decoding_sequences_of_unlike_length_equals_generate(checkpoint: Checkpo
         assert sequence.ids == generated(folder, text, TOKENS)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("computed", [32, 45, 61])
 def test_another_engine_continues_in_place(checkpoint: Checkpoint, architecture: str, computed: int) -> None:
     """One prefills the first `computed` tokens, another the rest, in the same blocks, and decodes."""

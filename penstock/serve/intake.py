@@ -1,0 +1,112 @@
+"""From what a client asks to requests for workers: prompts as tokens, what was not said, how much may be generated.
+
+Everything that can be refused without asking a worker is refused here. Used by `frontend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+import msgspec
+
+from penstock.cluster import ModelCard
+from penstock.errors import BadRequest, Unsupported
+from penstock.request import Request, Sampling
+from penstock.serve.asks import STRING_CHARS, Ask, Prompt, output_budget
+from penstock.serve.chat_template import Chat
+from penstock.serve.text import Tokenizer
+from penstock.tokens import pack
+
+
+def check_needs(ask: Ask, card: ModelCard) -> None:
+    """Raises Unsupported for what the model's engine lacks."""
+    for feature, name in ask.needs:
+        if feature not in card.supports:
+            raise Unsupported(f"the engine that serves {ask.model!r} has no {feature}; leave {name} out", name)
+
+
+async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[Sequence[int]]:
+    """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
+    if ask.messages is not None:
+        name = "messages"
+        prompts: list[Sequence[int]] = [await tokenizer.encode_chat(Chat(ask.messages), context_tokens)]
+    else:
+        name = "prompt"
+        prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
+    if not all(prompts):
+        raise BadRequest(f"{name}: it makes no tokens", name)
+    return [prompt if ask.takes_last_tokens is None else prompt[-ask.takes_last_tokens :] for prompt in prompts]
+
+
+async def _encode(prompt: Prompt, ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> Sequence[int]:
+    if isinstance(prompt, str):
+        return await tokenizer.encode_text(prompt, context_tokens, ask.adds_special)
+    _check_tokens(prompt, "prompt", tokenizer)
+    return prompt
+
+
+async def echoes_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
+    """What the answer to each prompt begins with, where asked for: the prompt as it was given, or what is left."""
+    if not ask.echoes:
+        return [""] * len(prompts)
+    return [
+        given if isinstance(given, str) and ask.takes_last_tokens is None else await tokenizer.decode(prompt)
+        for given, prompt in zip(ask.prompts, prompts, strict=True)
+    ]
+
+
+async def sampling_of(ask: Ask, tokenizer: Tokenizer, defaults: Mapping[str, object], rng: Random) -> Sampling:
+    """How the tokens of every choice are to be chosen, but for their number. Raises BadRequest."""
+    seed = rng.getrandbits(63) if ask.seed is None else ask.seed
+    bad_words = [spelling for word in ask.bad_words for spelling in await _spellings(word, tokenizer)]
+    sampling = ask.sampling(defaults, max_tokens=1, seed=seed, bad_words=tuple(bad_words))
+    _check_tokens(sampling.stop_token_ids, "stop_token_ids", tokenizer)
+    _check_tokens([token for token, _ in sampling.logit_bias], "logit_bias", tokenizer)
+    if ask.best_of > ask.n and sampling.logprobs is None:
+        return msgspec.structs.replace(sampling, logprobs=0)  # the best is the likeliest
+    return sampling
+
+
+def requests_of(
+    ask: Ask, prompts: Sequence[Sequence[int]], card: ModelCard, default_tokens: int | None, like: Request
+) -> list[Request]:
+    """One for each choice, prompt by prompt, otherwise like the one given. Raises PromptTooLong, BadRequest."""
+    requests: list[Request] = []
+    asked = ask.max_tokens if ask.max_tokens is None else max(1, ask.max_tokens)  # 0: the prompt alone is told
+    for prompt in prompts:
+        budget = output_budget(len(prompt), asked, default_tokens, card.max_context_tokens)
+        if (least := like.sampling.min_tokens) > budget:
+            raise BadRequest(f"min_tokens = {least} is over the {budget} tokens that may be generated", "min_tokens")
+        packed = pack(prompt)
+        for choice in range(ask.best_of):
+            number = len(requests)
+            requests.append(
+                msgspec.structs.replace(
+                    like,
+                    id=f"{like.id}-{number}" if number else like.id,
+                    prompt=packed,
+                    sampling=msgspec.structs.replace(like.sampling, max_tokens=budget, choice=choice),
+                )
+            )
+    return requests
+
+
+async def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """A word at the start of a text and after a space, where it is as long, as vLLM understands `bad_words`."""
+    alone = await _word_tokens(word.lstrip(), tokenizer)
+    spaced = await _word_tokens(" " + word.lstrip(), tokenizer)
+    return [alone, spaced] if spaced[:1] != alone[:1] and len(spaced) == len(alone) else [alone]
+
+
+async def _word_tokens(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    tokens = tuple(await tokenizer.encode_text(word, STRING_CHARS, add_special_tokens=False))
+    if not tokens:
+        raise BadRequest(f"bad_words: {word!r} makes no tokens", "bad_words")
+    return tokens
+
+
+def _check_tokens(tokens: Sequence[int], name: str, tokenizer: Tokenizer) -> None:
+    largest = max(tokens, default=0)
+    if largest >= tokenizer.vocab_size:
+        raise BadRequest(f"{name}: token {largest}; the model has {tokenizer.vocab_size} tokens, from 0 on", name)

@@ -1,0 +1,181 @@
+r"""Where a text may be cut so that its tokens are those of its pieces, one after the other. Used by `encoder`.
+
+A tokenizer works in steps, and a cut is safe where no step looks across it. There are two kinds:
+
+1. Before an added token (`<|im_start|>`). The library looks for these first, from left to right, the longest wins; what
+   lies between them is normalized, searched for the rest of them, split and encoded on its own. So the cut must find
+   the same tokens. Those of the second search are left alone where there is a normalizer. Tokens that take the spaces
+   around them along, or must stand alone as words, look at their neighbours: with any such token there are no cuts.
+2. In a long stretch of text, before the space of "a b": a space between two ASCII letters. This needs a pre-tokenizer
+   that is known to split there whatever lies around it, of byte-level BPE: in none of the regular expressions below can
+   a match hold a letter followed by a space, so one ends there, and none looks behind itself. Lookahead is used only
+   at the end of spaces, of which there are none before the cut. NFC changes neither letters, nor the space, nor
+   what they touch. No added token may hold a letter followed by a space.
+
+Nothing is cut where the first piece of a text differs from the later ones (Metaspace with `prepend_scheme` first), and
+where chance decides (dropout).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import tokenizers
+
+PIECE_CHARS = 128  # in a piece, if not in the last one
+STRETCH_CHARS = 1024  # from a cut to the next one before a space, if not a little more
+
+Step: TypeAlias = Mapping[str, Any]  # as tokenizer.json writes it
+
+_BEFORE_SPACE = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_LETTER_SPACE = re.compile(r"[A-Za-z] ")
+
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CASED = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
+_CASED_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+%s|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*%s|"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = frozenset(
+    [
+        # GPT-4, Llama 3, GLM 4; Qwen 2 and 3; Qwen 3.5
+        rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
+        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        # GPT-4o and gpt-oss; Mistral since Nemo
+        _CASED_WORD % (f"{_CONTRACTION}?", f"{_CONTRACTION}?")
+        + rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+        _CASED_WORD % ("", "") + rf"\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+        # DeepSeek V3 and R1: three, one after the other
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+        rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """The cuts that are safe for one tokenizer. Patterns are of added tokens, the longest first."""
+
+    first: re.Pattern[str] | None  # those that are looked for before anything else
+    second: re.Pattern[str] | None  # those that are looked for between them
+    is_split_at_spaces: bool
+
+    def cut(self, text: str) -> list[str]:
+        """Pieces that make up the text. Texts that begin alike are cut alike, except perhaps for the last piece."""
+        ends = [*_apart(self._marks(text)), len(text)]
+        if self.is_split_at_spaces:
+            ends = list(_with_spaces(text, ends))
+        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
+
+    def _marks(self, text: str) -> Iterator[int]:
+        """Where added tokens start, in order; also some that are nothing to cut at, such as spaces."""
+        gap = 0
+        for start, end in (*_spans(self.first, text, 0, len(text)), (len(text), len(text))):
+            yield from (at for at, _ in _spans(self.second, text, gap, start))
+            yield start
+            gap = end
+
+
+def _spans(pattern: re.Pattern[str] | None, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    if pattern is not None and start < end:
+        for found in pattern.finditer(text, start, end):
+            yield found.span()
+
+
+def _apart(marks: Iterable[int]) -> Iterator[int]:
+    """Without those that would make a piece too short to be worth its own."""
+    start = 0
+    for mark in marks:
+        if mark - start >= PIECE_CHARS:
+            yield mark
+            start = mark
+
+
+def _with_spaces(text: str, ends: Sequence[int]) -> Iterator[int]:
+    """`ends`, and cuts in stretches that are long."""
+    start = 0
+    for end in ends:
+        while end - start > STRETCH_CHARS:
+            found = _BEFORE_SPACE.search(text, start + STRETCH_CHARS, end)
+            if found is None:
+                break
+            start = found.start()
+            yield start
+        yield end
+        start = end
+
+
+def cutter_of(codec: tokenizers.Tokenizer) -> Cutter:
+    """The safe cuts of a tokenizer, perhaps none."""
+    pipeline = json.loads(codec.to_str())
+    added = [token for token in pipeline["added_tokens"] if token["content"]]
+    looks_around = any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
+    if looks_around or not _is_alike_everywhere(pipeline):
+        return Cutter(None, None, False)
+    has_normalizer = bool(_steps(pipeline["normalizer"], "normalizers"))
+    return Cutter(
+        first=_any_of(token["content"] for token in added if not token["normalized"]),
+        second=None if has_normalizer else _any_of(token["content"] for token in added if token["normalized"]),
+        is_split_at_spaces=_splits_before_spaces(pipeline)
+        and not any(_LETTER_SPACE.search(token["content"]) for token in added),
+    )
+
+
+def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _is_alike_everywhere(pipeline: Mapping[str, Any]) -> bool:
+    """Whether a stretch between added tokens is encoded the same wherever it stands."""
+    if pipeline["model"]["type"] not in ("BPE", "Unigram") or pipeline["model"].get("dropout"):
+        return False
+    return all(map(_is_local, _steps(pipeline["pre_tokenizer"], "pretokenizers")))
+
+
+def _is_local(step: Step) -> bool:
+    match step:
+        case {"type": "ByteLevel" | "Split" | "Digits" | "Punctuation" | "Whitespace" | "WhitespaceSplit"}:
+            return True
+        case {"type": "Metaspace", "prepend_scheme": "always" | "never"}:
+            return True
+    return False
+
+
+def _splits_before_spaces(pipeline: Mapping[str, Any]) -> bool:
+    if pipeline["model"]["type"] != "BPE":
+        return False
+    if not all(step["type"] == "NFC" for step in _steps(pipeline["normalizer"], "normalizers")):
+        return False
+    *splits, last = _steps(pipeline["pre_tokenizer"], "pretokenizers") or [{}]
+    if last.get("type") != "ByteLevel" or not all(map(_is_known, splits)):
+        return False
+    return bool(last["use_regex"]) or any(_is_known_word(step) for step in splits)
+
+
+def _is_known(step: Step) -> bool:
+    match step:
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            return pattern in _PATTERNS
+    return bool(step["type"] == "Digits")
+
+
+def _is_known_word(step: Step) -> bool:
+    """Whether it is one that splits words from spaces, beyond digits and scripts."""
+    return step["type"] == "Split" and str(step["pattern"]["Regex"]).endswith(_SPACES)
+
+
+def _steps(step: Step | None, name: str) -> list[Step]:
+    """A part of tokenizer.json as its steps, sequences opened."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [one for inner in step[name] for one in _steps(inner, name)]
+    return [step]
