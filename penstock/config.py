@@ -253,6 +253,7 @@ class ServeConfig:
     """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted.
 
     `policy` is the name of a routing policy, a file of `penstock/policy/routing`; `topology` a topology file.
+    `generation_config`: whether that of the model's folder says what clients leave out.
     """
 
     model: Model
@@ -264,6 +265,7 @@ class ServeConfig:
     leases: Path | None
     policy: str
     topology: Path | None
+    generation_config: bool
     service: ServiceSettings
     ask: bool
     log_level: str
@@ -299,6 +301,7 @@ class FrontendConfig:
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
     `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired.
+    `generation_config`: whether that of the model's folder says what clients leave out.
     """
 
     model: Model
@@ -306,6 +309,7 @@ class FrontendConfig:
     leases: Path | None
     policy: str
     topology: Path | None
+    generation_config: bool
     service: ServiceSettings
 
 

@@ -93,6 +93,7 @@ def serve(
     kv: Kv = KvSettings(),
     policy: str = "pairs",
     topology: Path | None = None,
+    generation_config: bool = True,
     service: Service = ServiceSettings(),
     discovery: str = "",
     ask: bool = True,
@@ -113,6 +114,8 @@ def serve(
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
     topology
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
+    generation_config
+        Sample as the model's generation_config.json says where a client says nothing.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
     ask
@@ -137,6 +140,7 @@ def serve(
         leases=leases_folder(discovery),
         policy=policy,
         topology=topology,
+        generation_config=generation_config,
         service=service,
         ask=ask,
         log_level=log_level,
@@ -225,6 +229,7 @@ def frontend(
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
     topology: Path | None = None,
+    generation_config: bool = True,
     service: Service = ServiceSettings(),
     discovery: str = "",
     http_fd: Descriptor = None,
@@ -243,6 +248,8 @@ def frontend(
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
     topology
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
+    generation_config
+        Sample as the model's generation_config.json says where a client says nothing.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
     log_level
@@ -256,6 +263,7 @@ def frontend(
         leases=leases_folder(discovery),
         policy=policy,
         topology=topology,
+        generation_config=generation_config,
         service=service,
     )
     if http_fd is None or join_fd is None:

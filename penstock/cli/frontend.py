@@ -20,6 +20,7 @@ from penstock.metrics import Metrics
 from penstock.policy.admission import ServiceLevel
 from penstock.policy.routing.ways import Climber, Rung
 from penstock.serve.frontend import Frontend, FrontendOptions
+from penstock.serve.generation_config import NO_DEFAULTS, load_defaults
 from penstock.serve.http_server import serve_http
 from penstock.serve.registry import Registry
 from penstock.serve.router import Router, ServiceOptions
@@ -47,7 +48,8 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     endpoint = Endpoint(wires, config.secrets.token, methods)
     tenants = read_tenants(config.service.tenants)
     keys = {name: tenant.key for name, tenant in tenants.items() if tenant.key is not None}
-    options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys)
+    defaults = load_defaults(config.model.folder) if config.generation_config else NO_DEFAULTS
+    options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys, defaults={config.model.name: defaults})
     service, measured = service_options(config.service, tenants), Metrics()
     async with (
         endpoint,

@@ -75,6 +75,7 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
 def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.socket) -> Job:
     flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
     flags |= service_flags(config.service)
+    flags["generation-config"] = config.generation_config
     if config.topology is not None:
         flags["topology"] = config.topology.resolve()
     if config.leases is not None:

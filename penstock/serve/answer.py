@@ -63,7 +63,7 @@ class Manner:
         """Where the tokens of a choice become text."""
         ask = self.ask
         stops = StopFinder(ask.stop, ask.includes_stop) if ask.stop else None
-        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens)
+        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens, ask.shows_special)
 
     def logprobs(self, shown: Sequence[Shown]) -> Fields | None:
         return None if self.ask.logprobs is None else self.dialect.logprobs(shown, self.spell)

@@ -53,7 +53,7 @@ class Output:
 class Detokenizer:
     """Tokens of one answer into text, as they come.
 
-    All pieces together are what decoding all tokens at once gives, special tokens left out. Bytes are held back
+    All together are what decoding all tokens at once gives, special tokens as `pieces` have them. Bytes are held back
     until their character is complete; what cannot become one is U+FFFD. One difference: if a run of SentencePiece
     byte tokens is not UTF-8 the library gives U+FFFD for all of it; here its valid characters are out already.
     """

@@ -48,6 +48,7 @@ from penstock.request import Constraints, Finish, Request, Timeline, Token
 from penstock.serve import openai, tokenize
 from penstock.serve.answer import Answer, Choice, Manner, Record
 from penstock.serve.decisions import Decided, compare
+from penstock.serve.generation_config import NO_DEFAULTS, Defaults
 from penstock.serve.http import Exchange, Receive, Scope, Send
 from penstock.serve.intake import check_needs, echoes_of, encode_prompts, requests_of, sampling_of
 from penstock.serve.keys import Keys
@@ -110,6 +111,7 @@ class FrontendOptions:
 
     api_key: str = field(default="", repr=False)
     tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # by tenant
+    defaults: Mapping[str, Defaults] = field(default_factory=dict)  # what clients leave out, by model
     inflight: int = 1024
     body_bytes: int = 16 << 20
     timeout_s: float = 600.0  # from a request's arrival to its last token
@@ -288,16 +290,17 @@ class Frontend:
         tenant, adapter = self._keys.find_tenant(exchange.headers), card.name if card.base else ""
         wishes = constraints_of(exchange.headers, ask, tenant, adapter)
         prompts = await encode_prompts(ask, tokenizer, card.max_context_tokens)
+        defaults = self._options.defaults.get(card.base or card.name, NO_DEFAULTS)
         like = Request(
             id=exchange.id,
             model=card.base or ask.model,
             prompt=b"",
-            sampling=await sampling_of(ask, tokenizer, {}, self._rng),
+            sampling=sampling_of(ask, tokenizer, defaults.sampling(card.supports), self._rng),
             timeout_s=timeout_of(exchange.headers, self._options.timeout_s),
             salt=_salt(wishes, ask.salt),
             constraints=wishes,
         )
-        requests = requests_of(ask, prompts, card, dialect.default_tokens, like)
+        requests = requests_of(ask, prompts, card, dialect.default_tokens or defaults.max_new_tokens, like)
         heading = Heading(dialect.id_prefix + exchange.id, int(wall_s()), ask.model)
         manner = Manner(ask, dialect, heading, tokenizer, self.metrics.model(ask.model), arrived_s)
         answer = Answer(manner, requests, await echoes_of(ask, prompts, tokenizer))

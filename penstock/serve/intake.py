@@ -13,7 +13,7 @@ import msgspec
 from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, Unsupported
 from penstock.request import Request, Sampling
-from penstock.serve.asks import STRING_CHARS, Ask, Prompt, output_budget
+from penstock.serve.asks import Ask, Prompt, output_budget
 from penstock.serve.chat_template import Chat
 from penstock.serve.text import Tokenizer
 from penstock.tokens import pack
@@ -56,10 +56,10 @@ async def echoes_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Token
     ]
 
 
-async def sampling_of(ask: Ask, tokenizer: Tokenizer, defaults: Mapping[str, object], rng: Random) -> Sampling:
+def sampling_of(ask: Ask, tokenizer: Tokenizer, defaults: Mapping[str, object], rng: Random) -> Sampling:
     """How the tokens of every choice are to be chosen, but for their number. Raises BadRequest."""
     seed = rng.getrandbits(63) if ask.seed is None else ask.seed
-    bad_words = [spelling for word in ask.bad_words for spelling in await _spellings(word, tokenizer)]
+    bad_words = [spelling for word in ask.bad_words for spelling in _spellings(word, tokenizer)]
     sampling = ask.sampling(defaults, max_tokens=1, seed=seed, bad_words=tuple(bad_words))
     _check_tokens(sampling.stop_token_ids, "stop_token_ids", tokenizer)
     _check_tokens([token for token, _ in sampling.logit_bias], "logit_bias", tokenizer)
@@ -92,15 +92,15 @@ def requests_of(
     return requests
 
 
-async def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """A word at the start of a text and after a space, where it is as long, as vLLM understands `bad_words`."""
-    alone = await _word_tokens(word.lstrip(), tokenizer)
-    spaced = await _word_tokens(" " + word.lstrip(), tokenizer)
+    alone = _word_tokens(word.lstrip(), tokenizer)
+    spaced = _word_tokens(" " + word.lstrip(), tokenizer)
     return [alone, spaced] if spaced[:1] != alone[:1] and len(spaced) == len(alone) else [alone]
 
 
-async def _word_tokens(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    tokens = tuple(await tokenizer.encode_text(word, STRING_CHARS, add_special_tokens=False))
+def _word_tokens(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    tokens = tuple(tokenizer.encode_text_nowait(word, add_special_tokens=False))
     if not tokens:
         raise BadRequest(f"bad_words: {word!r} makes no tokens", "bad_words")
     return tokens

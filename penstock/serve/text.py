@@ -51,6 +51,7 @@ class Tokenizer:
         self._spelling = spelling_of(codec, model)
         special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
         self._texts = Pieces(lambda token: b"" if token in special else self.spell(token))
+        self._texts_with_special = Pieces(self.spell)
 
     @property
     def vocab_size(self) -> int:
@@ -99,13 +100,20 @@ class Tokenizer:
         piece = self._codec.id_to_token(token)
         return b"" if piece is None else self._spelling.spell(piece)
 
-    def output(self, stops: StopFinder | None = None, is_continuation: bool = False, min_tokens: int = 0) -> Output:
+    def output(
+        self,
+        stops: StopFinder | None = None,
+        is_continuation: bool = False,
+        min_tokens: int = 0,
+        shows_special: bool = False,
+    ) -> Output:
         """Where one answer's tokens become text. A continuation keeps the space before its first word.
 
-        Stop strings are looked for after `min_tokens` tokens.
+        Stop strings are looked for after `min_tokens` tokens. Special tokens are text only where they are to be shown.
         """
         start = keep if is_continuation else self._spelling.start
-        return Output(Detokenizer(self._texts, start), stops, min_tokens)
+        texts = self._texts_with_special if shows_special else self._texts
+        return Output(Detokenizer(texts, start), stops, min_tokens)
 
 
 def load_tokenizer(folder: Path, model: str, offload: Offload | None = None) -> Tokenizer:

@@ -40,10 +40,12 @@ sentencepiece_ids = st.lists(st.integers(0, sentencepiece().get_vocab_size() + 2
 texts = st.text(st.characters(codec="utf-8"), max_size=40)
 
 
-@given(byte_level_ids)
-def test_byte_level_pieces_make_the_whole(tokens: list[int]) -> None:
+@pytest.mark.parametrize("shows_special", [False, True])
+@given(tokens=byte_level_ids)
+def test_byte_level_pieces_make_the_whole(shows_special: bool, tokens: list[int]) -> None:
     codec = byte_level()
-    assert streamed(Tokenizer(codec, None, "m").output(), tokens) == codec.decode(tokens)
+    output = Tokenizer(codec, None, "m").output(shows_special=shows_special)
+    assert streamed(output, tokens) == codec.decode(tokens, skip_special_tokens=not shows_special)
 
 
 @pytest.mark.parametrize("name", DECODERS)
