@@ -24,6 +24,7 @@ WORDS = (
     "devices",
     "errors",
     "fabric",
+    "grammar",
     "kv_events",
     "metrics",
     "plot",

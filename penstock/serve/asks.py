@@ -18,7 +18,8 @@ from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Sampling
 from penstock.serve.chat_template import Chat, Message
 from penstock.serve.fields import convert, join
-from penstock.serve.tools import Tools, for_template, parse_tools
+from penstock.serve.guides import FIELDS, check, find_guide, schema_guide
+from penstock.serve.tools import Schema, Tools, for_template, parse_tools
 
 T = TypeVar("T")
 
@@ -141,6 +142,12 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, object] | None = None
+    structured_outputs: dict[str, object] | None = None
+    guided_json: dict[str, object] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     user: str | None = None  # this and the next two are hints that by the standard change no answer
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None  # taken for the name of a session
@@ -196,7 +203,6 @@ IDLE_FIELDS: Idle = {
     "functions": ([],),
     "length_penalty": (1,),
     "metadata": ({},),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "use_beam_search": (False,),
@@ -238,6 +244,8 @@ def parse_chat(body: bytes) -> Ask:
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens
     tools = parse_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    if (schema := tools.schema()) is not None:
+        ask = _with_forced_call(ask, schema)
     return msgspec.structs.replace(
         ask,
         chat=_parse_conversation(fields, tools),
@@ -277,6 +285,16 @@ def parse_completion(body: bytes) -> Ask:
 def read_body(body: bytes, shape: type[T]) -> T:
     """Raises BadRequest for what is not of this shape."""
     return convert(_load(body), shape, "")
+
+
+def _with_forced_call(ask: Ask, schema: Schema) -> Ask:
+    """The whole answer is a call, whatever the model's own way of calling."""
+    if "guide" in ask.given:
+        raise BadRequest("tool_choice asks for a call, and the output is guided already; leave one out", "tool_choice")
+    guide = schema_guide(schema)
+    check(guide, "tools")
+    given = ask.given | {"guide": guide}
+    return msgspec.structs.replace(ask, given=given, needs=(*ask.needs, ("guide", "tool_choice")))
 
 
 def _parse_conversation(fields: ChatBody, tools: Tools) -> Chat:
@@ -376,9 +394,10 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         raise BadRequest("prompt_logprobs are told with a whole answer: leave stream out", "prompt_logprobs")
     stop = fields.stop
     n = fields.n or 1
+    asked = find_guide({name: value for name in FIELDS if (value := getattr(fields, name)) is not None})
     return Ask(
         model=fields.model,
-        given=_given(fields, logprobs),
+        given=_given(fields, logprobs) | ({} if asked is None else {"guide": asked.guide}),
         seed=None if fields.seed is None else fields.seed & SEED_MASK,
         bad_words=tuple(fields.bad_words or ()),
         n=n,
@@ -395,7 +414,7 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         priority=fields.priority or 0,
         session=(fields.prompt_cache_key or "")[:SESSION_CHARS],
         salt=fields.cache_salt or "",
-        needs=_needs(fields, logprobs),
+        needs=_needs(fields, logprobs) + (() if asked is None else (("guide", asked.field),)),
     )
 
 

@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 class TokenStream(Protocol):
     """One request's output. `timeline` is what the workers have told so far, None before the first token.
 
-    `prompt_logprobs` are those of the prompt's tokens but the first, where they were asked for, with the first token.
+    `prompt_logprobs` are those of the prompt's tokens but the first, if asked for; they come with the first token.
     """
 
     timeline: Timeline | None
