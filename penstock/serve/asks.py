@@ -104,6 +104,12 @@ _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
 _Tops = Annotated[int, Meta(ge=0, le=20)]
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+# What is parsed in a second step, so that an error can say where it is wrong. `openapi` describes it by SHAPES.
+RawMessage = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})]
+_RawPart = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/TextPart"})]
+_RawPrompt = Annotated[object, Meta(extra_json_schema={"type": ["integer", "string", "array"]})]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -157,7 +163,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[dict[str, object]], Meta(min_length=1)]
+    messages: Annotated[list[RawMessage], Meta(min_length=1)]
     max_completion_tokens: _Count | None = None
     tools: list[object] | None = None
     tool_choice: str | dict[str, object] | None = None
@@ -173,7 +179,7 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    prompt: Annotated[str, Meta(min_length=1)] | Annotated[list[object], Meta(min_length=1)]
+    prompt: Annotated[str, Meta(min_length=1)] | Annotated[list[_RawPrompt], Meta(min_length=1)]
     logprobs: _Tops | None = None
     best_of: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     echo: bool | None = None
@@ -181,8 +187,8 @@ class CompletionBody(Body):
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str | list[dict[str, object]] | None = None
+    role: Annotated[str, Meta(extra_json_schema={"enum": [*_ROLES]})]
+    content: str | list[_RawPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, object]] | None = None
@@ -191,7 +197,7 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str
 
 
@@ -226,7 +232,13 @@ IDLE_IN_MESSAGES: Idle = {
     "function_call": (),
     "refusal": (),
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+# What `openapi` describes: the structs that requests are parsed with, and what each takes besides.
+SHAPES: Mapping[type[msgspec.Struct], Idle] = {
+    ChatBody: IDLE_IN_CHATS,
+    CompletionBody: IDLE_IN_COMPLETIONS,
+    _Message: IDLE_IN_MESSAGES,
+    _TextPart: {},
+}
 
 
 # From bytes to an Ask.

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, NoWorker
-from penstock.serve.asks import parse_messages, read_body
+from penstock.serve.asks import RawMessage, parse_messages, read_body
 from penstock.serve.chat_template import Chat
 from penstock.serve.text import Tokenizer
 from penstock.tokens import Tokens
@@ -33,7 +33,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[_Objects, Meta(min_length=1)] | None = None
+    messages: Annotated[list[RawMessage], Meta(min_length=1)] | None = None
     tools: _Objects | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
