@@ -178,12 +178,17 @@ class Decoder:
         limit = self._member.max_context_tokens
         if request.sequence_tokens >= limit:
             raise PromptTooLong(f"the prompt has {request.sequence_tokens} tokens; prompt and output share {limit}")
+        if request.sampling.guide is not None:
+            self._check_supports("guide")
         if (top := request.sampling.prompt_logprobs) is not None:
+            self._check_supports("prompt_logprobs")
             self._check_scores(request.prompt_tokens, top)
 
+    def _check_supports(self, feature: str) -> None:
+        if feature not in self._member.supports:
+            raise Unsupported(f"the engine of {self._member.worker} has no {feature}", feature)
+
     def _check_scores(self, prompt_tokens: int, top: int) -> None:
-        if "prompt_logprobs" not in self._member.supports:
-            raise Unsupported(f"the engine of {self._member.worker} has no prompt_logprobs", "prompt_logprobs")
         if prompt_tokens * (1 + top) > MOST_PROMPT_LOGPROBS:
             most = MOST_PROMPT_LOGPROBS // prompt_tokens - 1
             raise BadRequest(f"prompt_logprobs of {prompt_tokens} tokens can be {most} at most", "prompt_logprobs")

@@ -15,8 +15,10 @@ torch = pytest.importorskip("torch")
 from msgspec import structs  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
+from penstock.engine import simulated  # noqa: E402
 from penstock.engine.embedded import EmbeddedEngine, Options  # noqa: E402
-from penstock.errors import BadRequest, WorkerDraining  # noqa: E402
+from penstock.engine.simulated import SimulatedEngine  # noqa: E402
+from penstock.errors import BadRequest, Unsupported, WorkerDraining  # noqa: E402
 from penstock.policy.batching import Limits  # noqa: E402
 from penstock.request import Finish, Guide, Request, Sampling, Token  # noqa: E402
 from penstock.serve.prefill import PrefillOptions  # noqa: E402
@@ -181,3 +183,13 @@ def test_a_guide_that_cannot_be_followed_fails_its_own_request_alone(
             return await story(site)
 
     assert ids(run(on_a_cluster(), 60)) == ids(undisturbed)
+
+
+def test_a_worker_whose_engine_cannot_guide_says_so() -> None:
+    async def story() -> None:
+        engine = SimulatedEngine(simulated.Options(vocab_size=1000))
+        async with cluster({"d": ("decode", engine)}, LOCAL, SMALL_STEPS, kv_blocks=80) as site:
+            with pytest.raises(Unsupported, match="has no guide"):
+                await site.ask([1, 2, 3], guided(LETTERS))
+
+    run(story(), 60)
