@@ -8,7 +8,7 @@ import sys
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
@@ -151,6 +151,7 @@ def test_every_kind_has_a_limit() -> None:
             check(Guide(kind, "x" * (MOST_CHARS[kind] + 1)), "field")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=5), st.text(max_size=6))
 def test_choices_are_taken_literally(choices: list[str], other: str) -> None:
     guide = Guide("choice", json.dumps(choices))

@@ -197,7 +197,7 @@ def larger(values: st.SearchStrategy[dict[str, object]]) -> st.SearchStrategy[di
     return arrays | objects(values) | st.builds(lambda one, two: {"anyOf": [one, two]}, values, values)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     schema=st.recursive(leaves, larger, max_leaves=6), seed=st.integers(0, 1000), temperature=st.sampled_from([0, 1])
 )
