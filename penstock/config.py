@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -244,6 +244,118 @@ class TargetSettings:
 
     slo_itl: float = 0.05
     """Seconds between the tokens of a request, in its mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """What is sent, how much, and for how long: every rate, concurrency or speed in turn."""
+
+    rate: tuple[str, ...] = ()
+    """Sessions that start per second, whatever the server does: 1,2,4."""
+
+    concurrency: tuple[str, ...] = ()
+    """Instead: sessions at a time, each beginning when another one ends: 1,8,64; by default 8."""
+
+    speed: tuple[str, ...] = ()
+    """Instead, of a trace or workload: how many times as fast its sessions start, 1,2,4; by default 1."""
+
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    """Times between the sessions of --rate."""
+
+    burstiness: float = 1.0
+    """Of --rate: below 1 arrivals cluster, above 1 they keep their distance (gamma distributed, as in vLLM)."""
+
+    requests: int | None = None
+    """Send so many requests each time; by default all of a trace or workload."""
+
+    duration_s: float | None = None
+    """Send for so many seconds each time; by default 20 if nothing else ends it."""
+
+    warmup: int = 4
+    """Requests that are sent before and not counted."""
+
+    seed: int | None = None
+    """The same seed, the same requests, text included, which a server may still have in its cache; by default a new
+    one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """What requests are like: of these lengths, or of a trace or workload as `penstock simulate` takes it."""
+
+    isl: float = 512.0
+    """Prompt tokens of a session's first request, in the mean."""
+
+    osl: float = 128.0
+    """Output tokens of a request, in the mean."""
+
+    isl_cv: float = 0.0
+    """Coefficient of variation of prompt tokens (log-normal); 0: all alike."""
+
+    osl_cv: float = 0.0
+    """The same of output tokens."""
+
+    turns: float = 1.0
+    """Requests in a session, in the mean (cv 0.5): each has all that was said and answered before."""
+
+    turn_tokens: float = 100.0
+    """What a later turn adds, in the mean."""
+
+    pause_s: float = 0.0
+    """Between an answer and the next turn, in the mean (cv 1)."""
+
+    prefix_tokens: int = 0
+    """Before every prompt, shared with others; of chats the system's message."""
+
+    prefixes: int = 1
+    """So many different ones, which sessions take in turn."""
+
+    trace: Path | None = None
+    """Requests from a file: Mooncake's JSONL, whose equal hash_ids become equal text, or Azure's CSV."""
+
+    workload: str = ""
+    """Instead of a file: a kind of workload and its settings, such as chat:rate=4."""
+
+    max_isl: int | None = None
+    """Cut prompts of a trace or workload to so many tokens; a session ends where a later turn would not fit."""
+
+    max_osl: int | None = None
+    """Cut its answers to so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """Whom to ask, and how."""
+
+    model: str = ""
+    """By default the one that the server lists."""
+
+    endpoint: Literal["chat", "completions"] = "completions"
+    """/v1/chat/completions or /v1/completions."""
+
+    tokenizer: Path | None = None
+    """The model's folder: prompts are then words of one token each. Without it, completions get token ids (their number
+    is exact) and chats words whose tokens the server is asked for."""
+
+    api_key: str = field(default="", repr=False)
+    """The server's key. Better set PENSTOCK_API_KEY: command lines can be seen by others."""
+
+    timeout_s: float = 600.0
+    """How long an answer may take."""
+
+    ignore_eos: bool = True
+    """Have every answer run to its full length; a field that vLLM, SGLang and penstock know."""
+
+    body: str = ""
+    """More fields of every request, as a JSON object; null leaves a field out, such as {"temperature": null}."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTargetSettings(TargetSettings):
+    """What a request should keep to, for attainment and goodput."""
+
+    slo_e2e: float | None = None
+    """Seconds to the end of the answer; by default any."""
 
 
 @dataclass(frozen=True, slots=True)

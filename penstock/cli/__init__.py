@@ -8,6 +8,7 @@
     topology   what is wired to what
     route      why a request went where it went
     simulate   a cluster that need not exist, on virtual time
+    bench      how quick a server is under load, any that speaks OpenAI's API
 
 Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
 What is heavy is imported inside the commands, so that `penstock --help` is quick.
@@ -32,11 +33,15 @@ from penstock.cluster import Role
 from penstock.config import (
     AnswerSettings,
     AttachSettings,
+    EndpointSettings,
     EngineSettings,
     FleetSettings,
     FrontendConfig,
     KvSettings,
     ListenSettings,
+    LoadSettings,
+    LoadTargetSettings,
+    PromptSettings,
     RouterConfig,
     Secrets,
     ServeConfig,
@@ -62,6 +67,10 @@ Answers = Annotated[AnswerSettings, Parameter(name="*", group="Answers")]
 Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
+Asked = Annotated[EndpointSettings, Parameter(name="*", group="Server")]
+Load = Annotated[LoadSettings, Parameter(name="*", group="Load")]
+Prompts = Annotated[PromptSettings, Parameter(name="*", group="Prompts")]
+LoadTargets = Annotated[LoadTargetSettings, Parameter(name="*", group="Targets")]
 Attach = Annotated[AttachSettings, Parameter(name="*", group="Servers", consume_multiple=True)]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -383,6 +392,38 @@ def simulate(
 
     process.log_to_stderr("simulate", "warning")
     simulate_all(simulation, targets, json_file, html)
+
+
+@app.command
+def bench(
+    url: str = "http://127.0.0.1:8000",
+    /,
+    *,
+    asked: Asked = EndpointSettings(),
+    load: Load = LoadSettings(),
+    prompts: Prompts = PromptSettings(),
+    targets: LoadTargets = LoadTargetSettings(),
+    json_file: Annotated[str, Parameter(name="--json", allow_leading_hyphen=True)] = "",
+    html: Path | None = None,
+) -> None:
+    """Measure a server under load: any that speaks OpenAI's API. What the figures mean is in docs/bench.md.
+
+    Ctrl-C ends it, and shows what was measured until then.
+
+    Parameters
+    ----------
+    url
+        Where the server listens, without /v1.
+    json_file
+        Where to write all numbers as JSON; - prints them instead of the table.
+    html
+        Where to write a page with plots.
+    """
+    from penstock.cli.bench import bench as bench_all
+
+    process.log_to_stderr("bench", "warning")
+    asked = replace(asked, api_key=process.api_key(asked.api_key))
+    process.run(bench_all(url, asked, load, prompts, targets, json_file, html))
 
 
 topology_commands = App(name="topology", help="What is wired to what: devices, links, the domains they fail with.")

@@ -164,6 +164,17 @@ class LoadedModel:
         batch = build(slices, self._geometry)
         return self._forward(batch, batch.sampled, pool)
 
+    @torch.inference_mode()
+    def own_logits(self, tokens: Sequence[int]) -> Tensor:
+        """[1, vocabulary] of what follows `tokens`, by transformers' plainest attention and without a cache."""
+        self._model.set_attn_implementation("eager")
+        try:
+            output = self._model(input_ids=self._geometry.tensor(list(tokens))[None], use_cache=False, logits_to_keep=1)
+        finally:
+            self._model.set_attn_implementation(NAME)
+        logits: Tensor = output.logits[0]
+        return logits
+
     def score(self, slices: Sequence[Slice], pool: Pool) -> list[Scored]:
         """One forward pass for all slices without `scores`, and others for the rest: logits of prompts are large."""
         plain = [part for part in slices if part.scores is None]
@@ -198,17 +209,6 @@ class LoadedModel:
             logits_to_keep=keep,
             paged=paged,
         )
-        logits: Tensor = output.logits[0]
-        return logits
-
-    @torch.inference_mode()
-    def own_logits(self, tokens: Sequence[int]) -> Tensor:
-        """[1, vocabulary] of what follows `tokens`, by transformers' plainest attention and without a cache."""
-        self._model.set_attn_implementation("eager")
-        try:
-            output = self._model(input_ids=self._geometry.tensor(list(tokens))[None], use_cache=False, logits_to_keep=1)
-        finally:
-            self._model.set_attn_implementation(NAME)
         logits: Tensor = output.logits[0]
         return logits
 

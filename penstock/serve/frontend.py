@@ -541,9 +541,8 @@ async def _each(answer: Answer, follow: Callable[[Choice], Awaitable[None]]) -> 
         return
 
     async def in_turn(choice: Choice) -> None:
-        leader = answer.leader_of(choice)
-        if choice is not leader:
-            await leader.has_begun.wait()
+        if choice.leader is not None:
+            await choice.leader.has_begun.wait()
         await follow(choice)
 
     async with asyncio.TaskGroup() as group:

@@ -22,6 +22,7 @@ from penstock.serve.asks import SHAPES, ChatBody, CompletionBody
 from penstock.serve.tokenize import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 
 Json = dict[str, Any]
+Scores = list[dict[str, object] | None]  # by position, then by token id
 _REF = "#/components/schemas/{name}"
 
 
@@ -57,28 +58,60 @@ class Told(msgspec.Struct):
     timeline: Timeline
 
 
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCall(msgspec.Struct):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionPiece(msgspec.Struct):
+    arguments: str  # more of them
+    name: str | None = None
+
+
+class ToolCallPiece(msgspec.Struct):
+    """Of one call the first has its `id` and name."""
+
+    index: int
+    function: FunctionPiece
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
 class Said(msgspec.Struct):
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Delta(msgspec.Struct):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallPiece] | None = None
 
 
 class ChatChoice(msgspec.Struct):
     index: int
     message: Said
     logprobs: dict[str, object] | None
-    finish_reason: str
+    finish_reason: FinishReason | Literal["tool_calls"]
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
 
 
 class ChatEventChoice(msgspec.Struct):
     index: int
     delta: Delta
     logprobs: dict[str, object] | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
+    stop_reason: str | int | None = None
 
 
 class TextChoice(msgspec.Struct):
@@ -86,6 +119,10 @@ class TextChoice(msgspec.Struct):
     text: str
     logprobs: dict[str, object] | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: Scores | None = None
 
 
 class Heading(msgspec.Struct):
@@ -100,6 +137,8 @@ class ChatAnswer(Heading, kw_only=True):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: Scores | None = None
     penstock: Told | None = None
 
 

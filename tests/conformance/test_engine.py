@@ -13,7 +13,7 @@ from msgspec import structs
 
 from penstock import plugin
 from penstock.blocks import BlockId, Region
-from penstock.engine.api import Engine, Past, Slice, Step
+from penstock.engine.api import FEATURES, Engine, Past, ScoringEngine, Slice, Step
 from penstock.errors import EngineFailed
 from penstock.request import Sampling
 from tests.support import run
@@ -75,6 +75,12 @@ def test_its_info_is_known_before_it_is_entered(make: Make) -> None:
     info = engine.info
     assert info.layout.block_tokens == 4 and info.vocab_size > 300 and info.max_context_tokens > 100
     assert info.shares_memory
+
+
+def test_who_supports_prompt_logprobs_scores(make: Make) -> None:
+    engine: Any = make()
+    assert set(engine.info.supports) <= set(FEATURES)
+    assert ("prompt_logprobs" in engine.info.supports) == isinstance(engine, ScoringEngine)
 
 
 def test_chunks_and_block_tables_do_not_matter(make: Make) -> None:

@@ -279,13 +279,18 @@ def test_tokens_without_a_chance_are_never_drawn() -> None:
     assert drawn == {3, 10}
 
 
-def test_bans_of_everything_are_no_bans() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_leaves_no_token_is_no_ban(temperature: float, seed: int) -> None:
     """And none of the neighbours' business."""
-    everything = structs.replace(GREEDY, bad_words=tuple((token,) for token in range(VOCABULARY)))
-    absurd = structs.replace(GREEDY, repetition_penalty=1e-300)
-    logits = torch.stack([Row(GREEDY, [1], [], seed).logits for seed in range(3)])
-    draws = [Draw(sampling, VOCABULARY, past(range(VOCABULARY), [])) for sampling in (everything, absurd, GREEDY)]
-    assert [token.id for token in sample(logits, draws)] == logits.argmax(-1).tolist()
+    plain = structs.replace(ONE, temperature=temperature)
+    everything = structs.replace(plain, bad_words=tuple((token,) for token in range(VOCABULARY)))
+    beyond_float32 = structs.replace(plain, repetition_penalty=1e-300)
+    logits = Row(plain, [1], [], seed).logits.expand(3, -1)
+    before = past(range(VOCABULARY), [])
+    draws = [Draw(sampling, VOCABULARY, before) for sampling in (everything, beyond_float32, plain)]
+    one, two, undisturbed = sample(logits, draws)
+    assert one == two == undisturbed == sample(logits[:1], [Draw(plain, VOCABULARY, before)])[0]
 
 
 def test_tokens_that_the_model_does_not_have_change_nothing() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from penstock.engine import embedded_model
-from penstock.engine.api import Past, Scored, ScoringEngine, Slice, Step
+from penstock.engine.api import Past, Scored, Slice, Step
 from penstock.engine.embedded import EmbeddedEngine, Options
 from penstock.request import Sampling, Token
 from tests.engine.embedded.driver import GREEDY, Driver, generated, prompts
@@ -131,12 +131,6 @@ def test_the_output_of_a_sequence_that_goes_on_is_not_scored(checkpoint: Checkpo
     eight, one = run(serve())
     assert_scores(eight.prompt, tokens[:8], full_forward(folder, tokens), 0)
     assert one.prompt == [] and one.sampled == eight.sampled
-
-
-def test_the_engine_says_that_it_scores(checkpoint: Checkpoint) -> None:
-    engine = engine_of(checkpoint("llama"))
-    assert isinstance(engine, ScoringEngine)
-    assert "prompt_logprobs" in engine.info.supports
 
 
 @pytest.mark.parametrize("handed_over", [0, 1, 9])
