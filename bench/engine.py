@@ -103,7 +103,7 @@ class Bench:
 
     def __init__(self, engine: EmbeddedEngine, reference: PreTrainedModel) -> None:
         layout = engine.info.layout
-        blocks = 32 * layout.blocks_for(PROMPT_TOKENS + STEPS) + layout.blocks_for(PREFILL_TOKENS)
+        blocks = 32 * layout.entries_for(PROMPT_TOKENS + STEPS) + layout.entries_for(PREFILL_TOKENS)
         self._engine = engine
         self._reference = reference
         self._region = Region("bench", 1, layout, blocks, memoryview(bytearray(blocks * layout.block_bytes)))
@@ -138,7 +138,7 @@ class Bench:
         return self._generate(self._long, 1)
 
     def _tables(self, batch: int, tokens: int) -> list[list[BlockId]]:
-        each = self._engine.info.layout.blocks_for(tokens)
+        each = self._engine.info.layout.entries_for(tokens)
         return [[BlockId(b) for b in range(row * each, (row + 1) * each)] for row in range(batch)]
 
     async def _step(self, slices: Sequence[Slice]) -> list[int]:
@@ -181,13 +181,13 @@ def index_building() -> list[Row]:
 
 
 def index_ms(geometry: Geometry, sequences: int, context: int) -> float:
-    table = [BlockId(block) for block in range(geometry.layout.blocks_for(context))]
+    table = [BlockId(block) for block in range(geometry.layout.entries_for(context))]
     slices = [Slice([0], context - 1, table, GREEDY)] * sequences
     taken = []
     for _ in range(21):
         with Stopwatch() as watch:
             for group in build(slices, geometry).groups:
-                group.span(None)
+                group.span(None, 0)
         taken.append(watch.spent.wall)
     return statistics.median(taken)
 

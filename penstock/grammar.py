@@ -8,7 +8,7 @@ not time, so that a guide which would blow up fails alike everywhere. llguidance
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,12 +36,18 @@ def check(guide: Guide, field: str) -> None:
     Some grammars show only with the tokens of a model, or late in the output, that they cost too much.
     """
     try:
-        matcher = compile_guide(guide, _bytes())
-        _refuse_special_tokens(guide)
-        matcher.compute_bitmask()
-        raise_error_of(matcher)
+        _try(guide)
     except BadRequest as error:
         raise BadRequest(f"{field}: {error}", field) from None
+
+
+@lru_cache(maxsize=128)
+def _try(guide: Guide) -> None:
+    """Up to the first token. Guides that pass are remembered: clients send the same ones again and again."""
+    matcher = compile_guide(guide, _bytes())
+    _refuse_special_tokens(guide)
+    matcher.compute_bitmask()
+    raise_error_of(matcher)
 
 
 def compile_guide(guide: Guide, tokenizer: LLTokenizer) -> LLMatcher:

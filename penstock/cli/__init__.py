@@ -413,7 +413,7 @@ def bench(
     Parameters
     ----------
     url
-        Where the server listens, without /v1.
+        Where the server listens, with /v1 at its end or without.
     json_file
         Where to write all numbers as JSON; - prints them instead of the table.
     html

@@ -159,7 +159,7 @@ class _Bench:
         free = (BlockId(block) for block in range(self._region.blocks))
         for tokens, start in _sequences(mix):
             ids = [self._rng.randrange(self._vocab_size) for _ in range(tokens)]
-            yield Slice(ids, start, list(islice(free, self._region.layout.blocks_for(start + tokens))), GREEDY)
+            yield Slice(ids, start, list(islice(free, self._region.layout.entries_for(start + tokens))), GREEDY)
 
 
 def _sequences(mix: Mix) -> list[tuple[int, int]]:
@@ -168,7 +168,7 @@ def _sequences(mix: Mix) -> list[tuple[int, int]]:
 
 
 def _blocks_for(layout: KvLayout, mix: Mix) -> int:
-    return sum(layout.blocks_for(start + tokens) for tokens, start in _sequences(mix))
+    return sum(layout.entries_for(start + tokens) for tokens, start in _sequences(mix))
 
 
 def _point(mix: Mix, seconds: Sequence[float]) -> Point:

@@ -65,8 +65,9 @@ NO_PAST = Past("", array("I"), 0)
 class Slice:
     """What one sequence contributes to a step: `tokens`, the first of them at position `start`.
 
-    `blocks` is its block table, long enough for `start + len(tokens)` tokens. Positions before `start` have been
-    computed; the engine writes KV of the rest into the table's blocks, and no other byte of the region.
+    `blocks` is its block table, long enough for `start + len(tokens)` tokens, with holes where no token from `start` on
+    reads. Positions before `start` have been computed; the engine writes KV of the rest into the table's blocks, and no
+    other byte of the region.
     With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position. What that may
     depend on besides the logits is in `past`. With `scores` it also tells how likely each prompt token was that follows
     one of `tokens`, beside so many of the likeliest in its place, see `ScoringEngine`.

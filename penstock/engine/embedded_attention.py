@@ -36,7 +36,7 @@ class Pool:
         sides = [rows[side * layout.kv_heads :] for side in range(layout.layers * layout.sides)]
         self.layout = layout
         self.blocks = memory.view(-1, layout.block_bytes // memory.element_size())
-        # By layer: its keys and its values, or its latents, each beginning at that layer of block 0.
+        # By place: a layer's keys and its values, or its latents, each beginning at that layer of block 0.
         self.layers: Sequence[Sequence[Tensor]] = [
             sides[at : at + layout.sides] for at in range(0, len(sides), layout.sides)
         ]
@@ -100,10 +100,19 @@ class Paged:
         if self._returned is None or key is not self._returned[0] or value is not self._returned[1]:
             raise UnsupportedModel(f"{type(module).__name__} changes keys and values after they were cached")
 
+    def check_window(self, module: nn.Module, layer: int, window: int | None) -> None:
+        """Raises UnsupportedModel where a layer reads what its group does not keep."""
+        geometry = self.batch.geometry
+        keeps = geometry.layout.keeps[geometry.place_of(layer)[0]]
+        if keeps != "all" and (window is None or window > keeps + 1):
+            sees = "all tokens" if window is None else f"{window} tokens"
+            raise UnsupportedModel(f"{type(module).__name__} sees {sees}, its configuration says {keeps + 1}")
+
     def _write(self, layer: int, sides: Sequence[Tensor]) -> None:
         dim = self.pool.layout.head_dim
-        for rows, new in zip(self.pool.layers[layer], sides, strict=True):
-            rows.view(-1, dim).index_copy_(0, self.batch.writes, new[0].transpose(0, 1).reshape(-1, dim))
+        table, place = self.batch.geometry.place_of(layer)
+        for rows, new in zip(self.pool.layers[place], sides, strict=True):
+            rows.view(-1, dim).index_copy_(0, self.batch.writes[table], new[0].transpose(0, 1).reshape(-1, dim))
 
     def get_seq_length(self, layer: int | None = None) -> int:
         """0, as positions are handed in. Raises UnsupportedModel to a layer that would count them for itself."""
@@ -143,6 +152,7 @@ def paged_attention(
         raise UnsupportedModel(f"{type(module).__name__} is not handed what its model was called with")
     layer = _layer_of(module, others)
     window = _window_of(module, layer) if sliding_window == _FROM_CONFIG else sliding_window
+    paged.check_window(module, layer, window)
     scoring = Scoring(scaling, softcap, s_aux)
     if paged.pool.layout.sides == 2:
         paged.check_plain(module, key, value)
@@ -157,12 +167,13 @@ AttentionInterface.register(NAME, paged_attention)
 def _attend_all(query: Tensor, paged: Paged, layer: int, window: int | None, scoring: Scoring) -> Tensor:
     """[1, heads, tokens, dim] to [tokens, heads, dim], group by group. Of latents the values are the keys."""
     layout = paged.pool.layout
+    table, place = paged.batch.geometry.place_of(layer)
     queries = query[0].transpose(0, 1)
     outputs = []
     for group in paged.batch.groups:
-        span = group.span(window)
+        span = group.span(window, table)
         shape = (group.sequences * layout.kv_heads, -1, layout.head_dim)
-        gathered = [rows.view(shape) for rows in paged.scratch.gather(paged.pool.layers[layer], span.rows)]
+        gathered = [rows.view(shape) for rows in paged.scratch.gather(paged.pool.layers[place], span.rows)]
         keys, values = gathered[0], gathered[-1]
         own = queries[group.tokens]
         for tile in span.tiles:

@@ -8,6 +8,7 @@ group, which is attended to at once. Every other slice is a group by itself:
 
 The region is seen as rows: a block row is one head's keys (or values, or latents) of one block, a token row those of
 one token. Row numbers are those of the first layer's keys; for the others `Pool` shifts its view, not the numbers.
+Layers that keep the same share a block table (see `blocks`); a table here is one of these.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ class Geometry:
     query_heads: int
     dtype: torch.dtype
     device: torch.device
+    places: Sequence[
+        tuple[int, int]
+    ] = ()  # by layer: its table, and its place in the blocks; none: one table, in order
+
+    def place_of(self, layer: int) -> tuple[int, int]:
+        return self.places[layer] if self.places else (0, layer)
 
     @property
     def block_rows(self) -> int:
@@ -56,12 +63,12 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A slice in the step's row, its first token at `at`; `table` are the blocks up to its last token."""
+    """A slice in the step's row, its first token at `at`; `tables` [tables, blocks] reach up to its last token."""
 
     tokens: Sequence[int]
     start: int  # the first token's position in its sequence
     at: int
-    table: Ints
+    tables: Ints
 
     @property
     def count(self) -> int:
@@ -105,24 +112,30 @@ class Group:
         self._pieces = pieces
         self._geometry = geometry
         self._context = max(piece.end for piece in pieces)
-        self._spans: dict[int, Span] = {}
+        self._tiles: dict[int, tuple[Tile, ...]] = {}
+        self._rows: dict[tuple[int, int], Tensor] = {}
 
-    def span(self, window: int | None) -> Span:
+    def span(self, window: int | None, table: int) -> Span:
         """`window` is how many tokens a query sees, itself included; None: all before it."""
         reach = min(window or self._context, self._context)
-        if reach not in self._spans:
-            build = _span_of_one if self.sequences == 1 else _span_of_many
-            self._spans[reach] = build(self._pieces, reach, self._geometry)
-        return self._spans[reach]
+        if reach not in self._tiles:
+            build = _tiles_of_one if self.sequences == 1 else _tiles_of_many
+            self._tiles[reach] = build(self._pieces, reach, self._geometry)
+        if (reach, table) not in self._rows:
+            self._rows[reach, table] = _block_rows(
+                _read_blocks(self._pieces, reach, table, self._geometry), self._geometry
+            )
+        return Span(self._rows[reach, table], self._tiles[reach])
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step. `writes` are token rows, by token and head; `fresh` are blocks to clear before they are written."""
 
+    geometry: Geometry
     input_ids: Tensor  # [1, tokens]
     position_ids: Tensor  # [1, tokens]
-    writes: Tensor  # [tokens * kv_heads]
+    writes: tuple[Tensor, ...]  # by table: [tokens * kv_heads]
     fresh: Tensor | None
     groups: tuple[Group, ...]
     sampled: Tensor  # the row's tokens after which one is sampled, in the order of the slices
@@ -135,15 +148,16 @@ def build(slices: Sequence[Slice], geometry: Geometry) -> Batch:
     pieces: dict[int, Piece] = {}  # by slice, in the order of the row
     at = 0
     for i in chain.from_iterable(arranged):
-        pieces[i] = _piece(slices[i], at, block_tokens)
+        pieces[i] = _piece(slices[i], at, geometry.layout)
         at += pieces[i].count
     row = list(pieces.values())
-    fresh = [piece.table[-1] for piece in row if _opens_its_last_block(piece, block_tokens)]
+    fresh = [block for piece in row if _opens_its_last_block(piece, block_tokens) for block in piece.tables[:, -1]]
     sampled = [pieces[i].at + pieces[i].count - 1 for i, s in enumerate(slices) if s.sampling is not None]
     return Batch(
+        geometry=geometry,
         input_ids=geometry.tensor(list(chain.from_iterable(piece.tokens for piece in row)))[None],
         position_ids=geometry.tensor(np.concatenate([piece.positions for piece in row]))[None],
-        writes=geometry.tensor(_token_rows(row, geometry)),
+        writes=tuple(geometry.tensor(_token_rows(row, table, geometry)) for table in range(len(geometry.layout.keeps))),
         fresh=geometry.tensor(fresh) if fresh else None,
         groups=tuple(Group([pieces[i] for i in members], geometry) for members in arranged),
         sampled=geometry.tensor(sampled),
@@ -163,9 +177,10 @@ def _arrange(slices: Sequence[Slice]) -> list[list[int]]:
     return groups + [[i] for i, s in enumerate(slices) if len(s.tokens) > 1]
 
 
-def _piece(part: Slice, at: int, block_tokens: int) -> Piece:
-    blocks = -(-(part.start + len(part.tokens)) // block_tokens)
-    return Piece(part.tokens, part.start, at, np.array(part.blocks[:blocks], np.int64))
+def _piece(part: Slice, at: int, layout: KvLayout) -> Piece:
+    entries = layout.entries_for(part.start + len(part.tokens))
+    tables = np.array(part.blocks[:entries], np.int64).reshape(-1, len(layout.keeps)).T
+    return Piece(part.tokens, part.start, at, tables)
 
 
 def _opens_its_last_block(piece: Piece, block_tokens: int) -> bool:
@@ -177,53 +192,62 @@ def _opens_its_last_block(piece: Piece, block_tokens: int) -> bool:
     return 0 < filled <= piece.count
 
 
-def _token_rows(row: Sequence[Piece], geometry: Geometry) -> Ints:
+def _token_rows(row: Sequence[Piece], table: int, geometry: Geometry) -> Ints:
     tokens = geometry.layout.block_tokens
-    firsts = np.concatenate([piece.table[piece.positions // tokens] for piece in row]) * geometry.block_rows * tokens
+    blocks = np.concatenate([piece.tables[table, piece.positions // tokens] for piece in row])
     offsets = np.concatenate([piece.positions % tokens for piece in row])
     heads = np.arange(geometry.layout.kv_heads) * tokens
-    rows: Ints = (firsts + offsets)[:, None] + heads
+    rows: Ints = (blocks * geometry.block_rows * tokens + offsets)[:, None] + heads
     return rows.reshape(-1)
 
 
-def _block_rows(tables: Ints, geometry: Geometry) -> Tensor:
+def _block_rows(blocks: Ints, geometry: Geometry) -> Tensor:
     """[sequences, blocks] to block rows by sequence, head and block."""
     heads = np.arange(geometry.layout.kv_heads)[:, None]
-    return geometry.tensor((tables[:, None, :] * geometry.block_rows + heads).reshape(-1))
+    return geometry.tensor((blocks[:, None, :] * geometry.block_rows + heads).reshape(-1))
 
 
-def _span_of_many(pieces: Sequence[Piece], reach: int, geometry: Geometry) -> Span:
-    """Sequences of one query each, side by side; a shorter one is padded with its own last block."""
-    tokens = geometry.layout.block_tokens
-    firsts = [max(0, piece.end - reach) // tokens for piece in pieces]
-    width = max(len(piece.table) - first for piece, first in zip(pieces, firsts, strict=True))
-    tables = np.empty((len(pieces), width), np.int64)
-    for row, piece, first in zip(tables, pieces, firsts, strict=True):
-        own = piece.table[first:]
+def _first_read(piece: Piece, reach: int, geometry: Geometry) -> int:
+    """The first block of its table that the piece's first query sees."""
+    return max(0, piece.start + 1 - reach) // geometry.layout.block_tokens
+
+
+def _read_blocks(pieces: Sequence[Piece], reach: int, table: int, geometry: Geometry) -> Ints:
+    """[sequences, blocks], side by side; a shorter one is padded with its own last block."""
+    read = [piece.tables[table, _first_read(piece, reach, geometry) :] for piece in pieces]
+    if len(read) == 1:
+        return read[0][None]
+    blocks = np.empty((len(read), max(map(len, read))), np.int64)
+    for row, own in zip(blocks, read, strict=True):
         row[: len(own)] = own
         row[len(own) :] = own[-1]
+    return blocks
+
+
+def _tiles_of_many(pieces: Sequence[Piece], reach: int, geometry: Geometry) -> tuple[Tile, ...]:
+    """Sequences of one query each, beside each other in one tile."""
+    tokens = geometry.layout.block_tokens
+    firsts = [_first_read(piece, reach, geometry) for piece in pieces]
+    width = max(piece.tables.shape[1] - first for piece, first in zip(pieces, firsts, strict=True))
     positions = np.array(firsts)[:, None] * tokens + np.arange(width * tokens)
     ends = np.array([piece.end for piece in pieces])[:, None]
     bias = geometry.bias((positions >= ends) | (positions < ends - reach))
-    tile = Tile(slice(0, len(pieces)), slice(None), ((slice(None), bias[:, None, None, None, :]),))
-    return Span(_block_rows(tables, geometry), (tile,))
+    return (Tile(slice(0, len(pieces)), slice(None), ((slice(None), bias[:, None, None, None, :]),)),)
 
 
-def _span_of_one(pieces: Sequence[Piece], reach: int, geometry: Geometry) -> Span:
+def _tiles_of_one(pieces: Sequence[Piece], reach: int, geometry: Geometry) -> tuple[Tile, ...]:
     """A sequence of any number of queries, in tiles that read only what their queries see."""
     (piece,) = pieces
-    first = max(0, piece.start + 1 - reach) // geometry.layout.block_tokens
-    origin = first * geometry.layout.block_tokens
+    origin = _first_read(piece, reach, geometry) * geometry.layout.block_tokens
     most = max(1, min(_TILE_QUERIES, _TILE_SCORES // (geometry.query_heads * (piece.end - origin))))
-    tiles = [
+    return tuple(
         Tile(
             queries=slice(start - piece.start, end - piece.start),
             keys=slice(max(0, start + 1 - reach) - origin, end - origin),
             hidden=_hidden(start, end, reach, geometry),
         )
         for start, end in pairwise([*range(piece.start, piece.end, most), piece.end])
-    ]
-    return Span(_block_rows(piece.table[None, first:], geometry), tuple(tiles))
+    )
 
 
 def _hidden(start: int, end: int, reach: int, geometry: Geometry) -> tuple[tuple[slice, Tensor], ...]:

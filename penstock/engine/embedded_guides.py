@@ -145,21 +145,20 @@ class Guides:
         except BadRequest:
             # Its matcher shares a lexer with all others of the guide, which together may have filled it: begin again.
             self._compiled.pop(guide, None)
-            self._followed.pop(past.sequence, None)
             return self._next(past, guide, self._tokenizer)
 
     def _next(self, past: Past, guide: Guide, tokenizer: LLTokenizer) -> Words | None:
-        """What may follow `past`. Raises BadRequest."""
+        """What may follow `past`. Raises BadRequest; the sequence's matcher is then forgotten."""
         output = past.output
         followed = self._followed.pop(past.sequence, None)
         if followed is None or not followed.fits(guide, output):
             followed = _Followed(guide, self._compile(guide, tokenizer).deep_copy())
         followed.advance(output, tokenizer.eos_tokens)
+        words = None
+        if not followed.is_ended:
+            words = np.frombuffer(followed.matcher.compute_bitmask(), np.int32)
+            raise_error_of(followed.matcher)
         _keep(self._followed, past.sequence, followed, _FOLLOWED)
-        if followed.is_ended:
-            return None
-        words = np.frombuffer(followed.matcher.compute_bitmask(), np.int32)
-        raise_error_of(followed.matcher)
         return words
 
     def _compile(self, guide: Guide, tokenizer: LLTokenizer) -> LLMatcher:

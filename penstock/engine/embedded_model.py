@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from penstock.blocks import BlockId, KvLayout, Region
+from penstock.blocks import BlockId, Keeps, KvLayout, Region, deal_layers
 from penstock.engine.api import FEATURES, EngineInfo, Scored, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Batch, Geometry, build
@@ -283,15 +283,30 @@ def _geometry(config: PreTrainedConfig, text: PreTrainedConfig, options: Options
     device = _device(options.device)
     dtype = _dtype(options.dtype, config, device)
     sides, kv_heads, head_dim = _row_shape(text)
+    layers, keeps, places = deal_layers(_keeps(text))
     layout = KvLayout(
-        layers=text.num_hidden_layers,
+        layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_tokens=options.block_tokens,
         dtype=str(dtype).removeprefix("torch."),
         sides=sides,
+        keeps=keeps,
     )
-    return Geometry(layout, text.num_attention_heads, dtype, device)
+    return Geometry(layout, text.num_attention_heads, dtype, device, places)
+
+
+def _keeps(text: PreTrainedConfig) -> list[Keeps]:
+    """By layer, how many of the tokens before it a token reads. A window that no context exceeds is none.
+
+    As the configuration says; `Paged.check_window` sees in the trial step whether attention reads more.
+    """
+    layers: int = text.num_hidden_layers
+    window: int | None = getattr(text, "sliding_window", None)
+    if window is None or window >= (getattr(text, "max_position_embeddings", None) or sys.maxsize):
+        return ["all"] * layers
+    types: list[str] = getattr(text, "layer_types", None) or ["sliding_attention"] * layers
+    return [max(1, window - 1) if kind == "sliding_attention" else "all" for kind in types]
 
 
 def _row_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
@@ -356,24 +371,25 @@ def _eos_token_ids(model: str, text: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
-    """Computes one block, in one step and its last token alone again; also warms up.
+    """Computes a block of each group, in one step and its last token alone again; also warms up.
 
     Every layer must write keys and values of the layout's shape, and the logits be those of transformers' attention.
     """
     geometry, who = checkpoint.geometry, f"{checkpoint.info.model}: {checkpoint.architecture}"
     layout = geometry.layout
-    elements = layout.block_bytes // geometry.dtype.itemsize
+    table = [BlockId(group) for group in range(len(layout.keeps))]
+    elements = len(table) * layout.block_bytes // geometry.dtype.itemsize
     pool = Pool(torch.full((elements,), torch.nan, dtype=geometry.dtype, device=geometry.device), layout)
     tokens = [i % checkpoint.info.vocab_size for i in range(layout.block_tokens)]
-    steps = [Slice(tokens[at:], at, [BlockId(0)], Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
+    steps = [Slice(tokens[at:], at, table, Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
     try:
         found = torch.cat([loaded.logits([step], pool) for step in steps])
         own = loaded.own_logits(tokens)
     except Exception as error:
         raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error
-    written = pool.blocks.view(layout.layers, -1).isfinite().all(-1)
-    if not written.all():
-        silent = (~written).nonzero()[:, 0].tolist()
+    written = pool.blocks.view(len(table), layout.layers, -1).isfinite().all(-1).tolist()
+    silent = [layer for layer, (group, place) in enumerate(geometry.places) if not written[group][place]]
+    if silent:
         raise UnsupportedModel(f"{who} caches no keys and values in layers {silent}; {_SERVED}")
     if not found.isfinite().all():
         raise UnsupportedModel(f"{who} overflows in {layout.dtype}; choose another dtype")

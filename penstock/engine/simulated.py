@@ -1,9 +1,10 @@
 """An engine without a model: it takes modelled time, writes real bytes, and its tokens depend on every one of them.
 
-For each token it writes a 64-bit fingerprint into the block that the token belongs to. A fingerprint mixes the one
-before it, as found in memory, with the token; a sampled token is a hash of all fingerprints of its sequence, as found
-in memory. So a block that is missing, stale, foreign or swapped changes the output, and `expected_tokens` says what it
-should have been. Writes are spread over the step as a real engine's are, not done at its end.
+For each token it writes a 64-bit fingerprint into the block that the token belongs to, of each group. A fingerprint
+mixes the one before it, as found in memory, with the token; a sampled token is a hash of all fingerprints of its
+sequence that its groups keep, as found in memory. So a block that is missing, stale, foreign or swapped changes the
+output, and `expected_tokens` says what it should have been. Writes are spread over the step as a real engine's are, not
+done at its end.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.blocks import BlockId, KvLayout, Region
+from penstock.blocks import Keeps, KvLayout, Region
 from penstock.engine.api import EngineInfo, Slice, Step
 from penstock.errors import EngineFailed
 from penstock.request import Sampling, Token
@@ -41,6 +42,7 @@ class Options:
     first_token: int = 100
     max_context_tokens: int = 8192
     block_tokens: int = 16
+    keeps: tuple[Keeps, ...] = ("all",)
     step_s: float = 0.002
     prefill_token_s: float = 20e-6
     decode_sequence_s: float = 100e-6
@@ -69,7 +71,7 @@ class SimulatedEngine:
         return EngineInfo(
             name="simulated",
             model=options.model,
-            layout=KvLayout(1, 1, 1, options.block_tokens, "uint64", packing="fingerprints"),
+            layout=KvLayout(1, 1, 1, options.block_tokens, "uint64", packing="fingerprints", keeps=options.keeps),
             vocab_size=options.vocab_size,
             max_context_tokens=options.max_context_tokens,
             eos_token_ids=(),
@@ -102,7 +104,8 @@ class SimulatedEngine:
         duration_s = options.step_s + step.tokens * options.prefill_token_s + decodes * options.decode_sequence_s
         for piece in range(options.pieces):
             for part in step.slices:
-                _write(memory, part, piece, options.pieces)
+                for group in range(len(options.keeps)):
+                    _write(memory, part, group, piece, options)
             await self.pass_time(duration_s / options.pieces)
         return [self._sample(memory, part) if part.sampling else None for part in step.slices]
 
@@ -131,8 +134,14 @@ class SimulatedEngine:
 
     def _sample(self, memory: Words, part: Slice) -> Token:
         length = part.start + len(part.tokens)
-        fingerprints = memory[np.asarray(part.blocks), 0].reshape(-1)[:length]
-        digest = int(np.dot(fingerprints, self._weights[:length]))
+        tables = np.asarray(part.blocks).reshape(-1, len(self._options.keeps))
+        digest = 0
+        for group, keeps in enumerate(self._options.keeps):
+            first = _first(keeps, length)
+            column = first // memory.shape[2]
+            start = first - column * memory.shape[2]
+            fingerprints = memory[tables[column:, group], 0].reshape(-1)[start : start + length - first]
+            digest += int(np.dot(fingerprints, self._weights[first:length]))
         return _token(digest, length, part.sampling, length - part.past.prompt_tokens, self._options)
 
 
@@ -150,19 +159,39 @@ def _sampled(token: Token | None) -> Token:
 def expected_tokens(prompt: Sequence[int], sampling: Sampling, options: Options) -> list[int]:
     """What an undisturbed engine produces after `prompt`: the reference for tests."""
     options = _complete(options)
-    tokens, digest, before = list(prompt), 0, 0
+    tokens = list(prompt)
     weights = _weights(options.max_context_tokens)
-    for position, token in enumerate(tokens):
-        before = _fingerprint(before, token)
-        digest = (digest + before * int(weights[position])) & _MASK
+    chains = [_Chain(group, keeps) for group, keeps in enumerate(options.keeps)]
+    for each in chains:
+        for token in tokens:
+            each.add(token, weights)
     output: list[int] = []
     while len(output) < sampling.max_tokens and len(tokens) < options.max_context_tokens:
-        token = _token(digest, len(tokens), sampling, len(output), options).id
+        token = _token(sum(each.digest for each in chains), len(tokens), sampling, len(output), options).id
         output.append(token)
-        before = _fingerprint(before, token)
-        digest = (digest + before * int(weights[len(tokens)])) & _MASK if len(tokens) < len(weights) else digest
         tokens.append(token)
+        if len(tokens) < options.max_context_tokens:
+            for each in chains:
+                each.add(token, weights)
     return output
+
+
+class _Chain:
+    """The fingerprints of a sequence in one group, and what they add to the hash of the last of them."""
+
+    def __init__(self, group: int, keeps: Keeps) -> None:
+        self.digest = 0
+        self._group = group
+        self._keeps = keeps
+        self._terms: list[int] = []  # the weighed fingerprints
+        self._last = 0
+
+    def add(self, token: int, weights: Words) -> None:
+        self._last = _fingerprint(self._last, token, self._group)
+        self._terms.append(self._last * int(weights[len(self._terms)]))
+        self.digest += self._terms[-1]
+        if (first := _first(self._keeps, len(self._terms))) > 0:
+            self.digest -= self._terms[first - 1]
 
 
 def _complete(options: Options) -> Options:
@@ -187,25 +216,28 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _fingerprint(before: int, token: int) -> int:
-    return mix((before * _ODD + token + 1) & _MASK)
+def _fingerprint(before: int, token: int, group: int) -> int:
+    return mix((before * _ODD + token + 1 + (group << 32)) & _MASK)
 
 
-def _write(memory: Words, part: Slice, piece: int, pieces: int) -> None:
-    """Writes the `piece`-th of `pieces` runs of this slice's fingerprints, and the tokens beside them."""
-    count = len(part.tokens)
-    for index in range(count * piece // pieces, count * (piece + 1) // pieces):
-        before = _read(memory, part.blocks, part.start + index - 1)
-        block, offset = divmod(part.start + index, memory.shape[2])
-        memory[part.blocks[block], 0, offset] = _fingerprint(before, part.tokens[index])
-        memory[part.blocks[block], 1, offset] = part.tokens[index]
+def _first(keeps: Keeps, length: int) -> int:
+    """Of the first `length` tokens, the first that the last of them reads."""
+    return 0 if keeps == "all" else max(0, length - 1 - keeps)
 
 
-def _read(memory: Words, blocks: Sequence[BlockId], position: int) -> int:
-    if position < 0:
-        return 0
-    block, offset = divmod(position, memory.shape[2])
-    return int(memory[blocks[block], 0, offset])
+def _write(memory: Words, part: Slice, group: int, piece: int, options: Options) -> None:
+    """Writes the `piece`-th run of this slice's fingerprints into one group's blocks, and the tokens beside them."""
+    width, size, count = len(options.keeps), options.block_tokens, len(part.tokens)
+    first, end = (count * edge // options.pieces for edge in (piece, piece + 1))
+    for position, token in enumerate(part.tokens[first:end], part.start + first):
+        before = 0
+        if position:
+            index, offset = divmod(position - 1, size)
+            before = int(memory[part.blocks[index * width + group], 0, offset])
+        index, offset = divmod(position, size)
+        block = part.blocks[index * width + group]
+        memory[block, 0, offset] = _fingerprint(before, token, group)
+        memory[block, 1, offset] = token
 
 
 def _token(digest: int, position: int, sampling: Sampling | None, outputs: int, options: Options) -> Token:

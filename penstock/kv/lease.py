@@ -28,7 +28,7 @@ class Lease:
 
     id: int
     writer: str
-    needed_blocks: int  # for the whole prompt, beyond the cached prefix
+    needed_blocks: int  # at a time, for the whole prompt beyond the cached prefix
     renewed_s: float
     state: LeaseState = "reserved"
     blocks: list[BlockId] = field(default_factory=list)
@@ -78,6 +78,15 @@ class LeaseTable:
     def touch(self, now: float, lease_id: int) -> None:
         """The writer is alive. Raises LeaseLost."""
         self._renew(now, lease_id)
+
+    def commit_some(self, now: float, lease_id: int, blocks: Sequence[BlockId]) -> None:
+        """The caller owns these of its blocks: they are written for good, and the writer goes on with the others.
+
+        Raises LeaseLost.
+        """
+        lease = self._renew(now, lease_id)
+        gone = dict.fromkeys(blocks)
+        lease.blocks = [block for block in lease.blocks if block not in gone]
 
     def commit(self, now: float, lease_id: int) -> list[BlockId]:
         """All is written: the caller owns the blocks, with one reference each. Raises LeaseLost."""

@@ -51,7 +51,7 @@ class Http:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise SetupError(f"{url} is no address of a server: write http://HOST:PORT")
         self.url = url
-        self.base = parts.path.rstrip("/")  # of paths on this server
+        self.base = parts.path.rstrip("/").removesuffix("/v1")  # of paths on this server, which name it themselves
         self._host = parts.hostname
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = port or (443 if self._ssl else 80)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from penstock.blocks import KvLayout
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -22,11 +24,11 @@ class Limits:
 
 
 class Want(msgspec.Struct, frozen=True):
-    """A sequence that has tokens to compute. `blocks` are held already; `may_take` says whether it can get more."""
+    """A sequence that has tokens to compute. Its block table has `entries`; `may_take` says whether it can get more."""
 
     pending_tokens: int  # 1 while decoding
     computed_tokens: int
-    blocks: int
+    entries: int
     may_take: bool = True  # False: its blocks are granted by somebody else
 
 
@@ -45,15 +47,17 @@ def plan_step(
     waiting: Iterable[Want],
     free_blocks: int,
     promised_blocks: int,
-    block_tokens: int,
+    layout: KvLayout,
     limits: Limits,
     may_preempt: bool = True,
 ) -> Batch:
     """Fills one step. Both sequences are in order of arrival; the youngest running one is preempted first.
 
-    `promised_blocks` are kept for leases that are being written: who runs may take them, who waits may not.
-    Decodes come before chunks of prefill, so a long prompt slows running streams by at most one step's budget.
+    Who waits holds nothing yet. `promised_blocks` are kept for leases that are being written: who runs may take them,
+    who waits may not. Decodes come before chunks of prefill, so a long prompt slows running streams by at most one
+    step's budget. What windows leave behind comes back after each step, so a prompt takes less than its whole table.
     """
+    block_tokens, width = layout.block_tokens, len(layout.keeps)
     batch = Batch()
     budget = limits.step_tokens
     alive = list(range(len(running)))
@@ -65,31 +69,32 @@ def plan_step(
         want = running[index]
         tokens = min(want.pending_tokens, budget)
         if not want.may_take:
-            tokens = min(tokens, want.blocks * block_tokens - want.computed_tokens)
-        need = max(0, -(-(want.computed_tokens + tokens) // block_tokens) - want.blocks)
+            tokens = min(tokens, want.entries // width * block_tokens - want.computed_tokens)
+        need = max(0, -(-(want.computed_tokens + tokens) // block_tokens) * width - want.entries)
         while need > free_blocks and may_preempt and (victim := _youngest(running, batch, index)) is not None:
             batch.preempt.append(victim)
-            free_blocks += running[victim].blocks
+            free_blocks += running[victim].entries - layout.holes(running[victim].computed_tokens)
         if need > free_blocks:
             batch.starved = True
-            tokens, need = _fit(want, free_blocks, block_tokens, budget)
+            tokens, need = _fit(want, free_blocks, layout, budget)
         if tokens > 0:
             batch.advance.append((index, tokens))
             free_blocks -= need
             budget -= tokens
     if batch.preempt or batch.starved:
         return batch
-    room = free_blocks - promised_blocks - len(running)  # every running sequence will soon want one more block
+    # Every running sequence will soon want one more block of each group.
+    room = free_blocks - promised_blocks - len(running) * width
     slots = limits.slots - len(running)
     if slots <= 0 or budget <= 0:
         return batch
     for index, want in enumerate(waiting):
-        need = -(-(want.computed_tokens + want.pending_tokens) // block_tokens) - want.blocks
+        need = layout.blocks_for(want.pending_tokens, limits.step_tokens)
         if need > room:
             break
         tokens = min(want.pending_tokens, budget)
         batch.admit.append((index, tokens))
-        room -= need + 1
+        room -= need + width
         budget -= tokens
         if budget <= 0 or len(batch.admit) >= slots:
             break
@@ -100,13 +105,14 @@ def _youngest(running: Sequence[Want], batch: Batch, asking: int) -> int | None:
     """The youngest sequence after `asking` that holds blocks of ours and is not in the step."""
     chosen = [index for index, _ in batch.advance]
     for index in range(len(running) - 1, asking, -1):
-        if running[index].may_take and running[index].blocks and index not in chosen and index not in batch.preempt:
+        if running[index].may_take and running[index].entries and index not in chosen and index not in batch.preempt:
             return index
     return None
 
 
-def _fit(want: Want, free_blocks: int, block_tokens: int, budget: int) -> tuple[int, int]:
+def _fit(want: Want, free_blocks: int, layout: KvLayout, budget: int) -> tuple[int, int]:
     """As many tokens as the held and the free blocks hold, and the blocks that takes."""
-    room = (want.blocks + free_blocks) * block_tokens - want.computed_tokens
+    width = len(layout.keeps)
+    room = (want.entries + free_blocks) // width * layout.block_tokens - want.computed_tokens
     tokens = max(0, min(want.pending_tokens, budget, room))
-    return tokens, max(0, -(-(want.computed_tokens + tokens) // block_tokens) - want.blocks)
+    return tokens, max(0, layout.entries_for(want.computed_tokens + tokens) - want.entries)

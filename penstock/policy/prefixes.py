@@ -62,7 +62,7 @@ class Prefixes:
             kind = self._kinds[grain] = kinds.get(grain) or _Kind(PrefixIndex(), np.empty(0, np.intp))
             kind.columns = np.array(columns, np.intp)
             seated = [members[column] for column in columns]
-            capacities = [member.blocks * member.layout.block_tokens // grain for member in seated]
+            capacities = [int(member.blocks * member.layout.tokens_per_block) // grain for member in seated]
             kind.index.seat([incarnation(member) for member in seated], capacities)
 
     def index(self, worker: Incarnation) -> PrefixIndex | None:

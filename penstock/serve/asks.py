@@ -260,7 +260,7 @@ def parse_chat(body: bytes) -> Ask:
         ask = _with_forced_call(ask, schema)
     return msgspec.structs.replace(
         ask,
-        chat=_parse_conversation(fields, tools),
+        chat=conversation_of(fields, tools),
         tools=tools,
         shows_reasoning=fields.include_reasoning is not False,
         max_tokens=max_tokens,
@@ -309,7 +309,8 @@ def _with_forced_call(ask: Ask, schema: Schema) -> Ask:
     return msgspec.structs.replace(ask, given=given, needs=(*ask.needs, ("guide", "tool_choice")))
 
 
-def _parse_conversation(fields: ChatBody, tools: Tools) -> Chat:
+def conversation_of(fields: ChatBody, tools: Tools) -> Chat:
+    """What the template is told. Raises BadRequest or Unsupported."""
     effort = {} if fields.reasoning_effort is None else {"reasoning_effort": fields.reasoning_effort}
     if fields.add_generation_prompt and fields.continue_final_message:
         raise BadRequest(
@@ -317,18 +318,13 @@ def _parse_conversation(fields: ChatBody, tools: Tools) -> Chat:
             "continue_final_message",
         )
     return Chat(
-        parse_messages(fields.messages),
+        [_parse_message(message, f"messages[{i}]") for i, message in enumerate(fields.messages)],
         tools=[tool.for_template() for tool in tools.offered] if tools.choice.mode != "none" else (),
         documents=fields.documents or (),
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=bool(fields.continue_final_message),
         template_kwargs=effort | (fields.chat_template_kwargs or {}),
     )
-
-
-def parse_messages(messages: Sequence[dict[str, object]]) -> list[Message]:
-    """Of a conversation. Raises BadRequest or Unsupported."""
-    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _load(body: bytes) -> dict[str, object]:

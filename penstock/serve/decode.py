@@ -285,7 +285,7 @@ class Decoder:
         timeline.prefill_ended_s = now - done.ended_ago_s
         timeline.cached_tokens = borrowing.tokens - done.computed_tokens
         timeline.computed_tokens += done.computed_tokens
-        timeline.moved_tokens = borrowing.tokens - len(borrowing.pinned) * self._layout.block_tokens
+        timeline.moved_tokens = borrowing.tokens - borrowing.start_tokens
         timeline.copied_bytes = done.moved_bytes
         timeline.transport, timeline.moving_s = done.transport, done.moved_s
         timeline.fetched_tokens = done.fetched_tokens

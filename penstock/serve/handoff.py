@@ -126,7 +126,10 @@ FromPrefill = Alive | Fetch | Fetched | Begin | More | Wrote | Switch | First | 
 
 
 class Granted(msgspec.Struct, frozen=True, tag="granted"):
-    """The block table so far. Tokens before `start` are computed; from there on the blocks are the writer's."""
+    """The block table so far. Tokens before `start` are computed; from there on the blocks are the writer's.
+
+    There are holes where windows will not read: at the end of the prompt, or, in place, after what it says it wrote.
+    """
 
     lease: int
     start: int
@@ -138,7 +141,7 @@ class NoRoom(msgspec.Struct, frozen=True, tag="no_room"):
 
 
 class Held(msgspec.Struct, frozen=True, tag="held"):
-    """These blocks hold the first tokens of the prompt, until you say Fetched or the call ends."""
+    """This block table holds the first tokens of the prompt, until you say Fetched or the call ends."""
 
     blocks: list[BlockId]
 

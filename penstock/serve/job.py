@@ -123,7 +123,8 @@ class Job:
     def ask_ahead(self, run: Run, chunk_tokens: int) -> None:
         """Asks for the blocks of the chunk after the next one, so that the answer is here before it is needed."""
         wanted = min(self.prompt_tokens, run.computed + 2 * chunk_tokens)
-        held = len(self.granted.blocks) * run.region.layout.block_tokens if self.granted else 0
+        layout = run.region.layout
+        held = len(self.granted.blocks) // len(layout.keeps) * layout.block_tokens if self.granted else 0
         if wanted > max(held, self.asked_tokens):
             self.asked_tokens = wanted
             self.call.send(More(wanted))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from penstock import clock
-from penstock.blocks import BlockId
+from penstock.blocks import HOLE, BlockId
 from penstock.errors import LeaseLost, PenstockError, WorkerStalled
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
@@ -101,8 +102,14 @@ class Lender:
         False if there is no room for it.
         """
         borrowing.pinned = borrowing.resident.match()
-        start = len(borrowing.pinned) * self.layout.block_tokens
-        needed = self.layout.blocks_for(borrowing.tokens) - len(borrowing.pinned)
+        layout, start = self.layout, borrowing.start_tokens
+        fresh = range(len(borrowing.pinned), layout.entries_for(borrowing.tokens))
+        if borrowing.transfer:  # what windows leave behind in the prompt is not sent
+            borrowing.entries = layout.kept(fresh, borrowing.tokens)
+            needed = len(borrowing.entries)
+        else:  # who computes here reads it first; two chunks are granted at a time, see `job.ask_ahead`
+            borrowing.entries = fresh
+            needed = layout.blocks_for(borrowing.tokens, 2 * chunk_tokens, after=start)
         if needed > self._stepper.spare_blocks or len(self._lent) >= self._stepper.free_slots:
             return False
         borrowing.lease = self._leases.open(clock.now(), borrowing.hop.incarnation, needed)
@@ -115,7 +122,8 @@ class Lender:
 
         Raises LeaseLost, or OutOfBlocks if decodes took what was promised.
         """
-        borrowing.wanted_blocks = self.layout.blocks_for(tokens) - len(borrowing.pinned)
+        # One at least: for the first grant the writer waits, whatever may be sent of these tokens.
+        borrowing.wanted_blocks = max(1, borrowing.blocks_up_to(tokens))
         if borrowing.transfer:
             self.share_out()
         else:
@@ -147,12 +155,31 @@ class Lender:
 
     def _grant(self, borrowing: Borrowing, lease: Lease, blocks: int) -> None:
         """Raises LeaseLost, or OutOfBlocks if decodes took what was promised."""
-        lent = self._leases.grow(clock.now(), lease.id, blocks)
-        start = len(borrowing.pinned) * self.layout.block_tokens
-        borrowing.call.send(Granted(lease.id, start, [*borrowing.pinned, *lent]))
+        self._leases.grow(clock.now(), lease.id, blocks)
+        borrowing.call.send(Granted(lease.id, borrowing.start_tokens, borrowing.table(lease.blocks)))
+
+    def commit_behind(self, borrowing: Borrowing, lease: Lease, tokens: int) -> None:
+        """The first `tokens` tokens are computed in place: takes over what was lent and no later token reads.
+
+        The writer will not touch it again. Others may find it, until its room is needed. Raises LeaseLost.
+        """
+        gone = dict.fromkeys(self.layout.forgotten(borrowing.committed_tokens, tokens))
+        if not gone:
+            return
+        borrowing.committed_tokens = tokens
+        done = [pair for pair in zip(borrowing.entries, lease.blocks, strict=False) if pair[0] in gone]
+        blocks = [block for _, block in done]
+        self._leases.commit_some(clock.now(), lease.id, blocks)
+        borrowing.entries = [entry for entry in borrowing.entries if entry not in gone]
+        borrowing.wanted_blocks -= len(blocks)
+        for entry, block in done:
+            borrowing.resident.publish_block(entry, block)
+        self.release(blocks)
+        if borrowing.wanted_blocks > len(lease.blocks):
+            self._grant(borrowing, lease, borrowing.wanted_blocks)
 
     def release(self, blocks: Sequence[BlockId]) -> None:
-        """Pinned ones, that nobody reads any more."""
+        """Those that are neither lent nor read any more."""
         self._cache.release(blocks)
         self._stepper.wake()
 
@@ -285,8 +312,10 @@ class Borrowing:
         self.tokens = len(resident.run.tokens)  # to prefill
         self.lease: Lease | None = None
         self.pinned: list[BlockId] = []
+        self.entries: Sequence[int] = ()  # of the block table, that blocks are or will be lent for
         self.transfer = ""  # that may write; none: the writer computes in place
         self.wanted_blocks = 0  # under the lease
+        self.committed_tokens = 0  # what no token after them reads is not lent any more
         self.computed_blocks = 0  # of those wanted
         self.moved_blocks = 0
         self.held: list[BlockId] = []  # to be read
@@ -296,23 +325,33 @@ class Borrowing:
         self._engine: Watch | None = None  # the prefill worker's
 
     @property
+    def start_tokens(self) -> int:
+        """That the cache holds."""
+        layout = self._lender.layout
+        return len(self.pinned) // len(layout.keeps) * layout.block_tokens
+
+    @property
     def granted_blocks(self) -> int:
         return len(self.lease.blocks) if self.lease is not None else 0
 
     @property
     def lacking_blocks(self) -> int:
         """Of the whole prompt, not here yet."""
-        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.moved_blocks
+        return len(self.entries) - self.moved_blocks
 
     @property
     def ungranted_blocks(self) -> int:
         """Of the whole prompt. Who has the fewest keeps its lead, while blocks arrive from all in turn."""
-        return self._lender.layout.blocks_for(self.tokens) - len(self.pinned) - self.granted_blocks
+        return len(self.entries) - self.granted_blocks
 
     @property
     def incoming_blocks(self) -> int:
         """On their way: granted, computed, and not in place."""
         return max(0, min(self.granted_blocks, self.computed_blocks) - self.moved_blocks)
+
+    def blocks_up_to(self, tokens: int) -> int:
+        """Of those that are or will be lent."""
+        return bisect_left(self.entries, self._lender.layout.entries_for(tokens))
 
     async def follow(self) -> Done | None:
         """Answers the prefill worker until it is done; None if it was told that there is no room."""
@@ -329,12 +368,23 @@ class Borrowing:
             self._watch.cancel()
 
     def commit(self) -> list[BlockId]:
-        """The whole block table, owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
+        """The whole block table, its blocks owned by the caller. Raises LeaseLost if the lease lapsed meanwhile."""
         if self.lease is None:
             raise LeaseLost(f"{self.hop.worker} says it is done and never borrowed a block")
         blocks = self._lender.commit(self.lease)
         self._is_committed = True
-        return [*self.pinned, *blocks]
+        return self.table(blocks)
+
+    def table(self, lent: Sequence[BlockId]) -> list[BlockId]:
+        """The block table as far as `lent` reaches."""
+        is_part = len(lent) < len(self.entries)
+        length = self.entries[len(lent)] if is_part else self._lender.layout.entries_for(self.tokens)
+        if length == len(self.pinned) + len(lent):
+            return [*self.pinned, *lent]
+        table = [*self.pinned, *[HOLE] * (length - len(self.pinned))]
+        for entry, block in zip(self.entries, lent, strict=False):
+            table[entry] = block
+        return table
 
     def end(self) -> None:
         self._release_held()
@@ -390,7 +440,9 @@ class Borrowing:
         self.call.send(Switched())
 
     def _note_moved(self, message: Wrote) -> None:
-        self.computed_blocks = self._lender.layout.blocks_for(message.tokens) - len(self.pinned)
+        if not self.transfer and self.lease is not None:
+            self._lender.commit_behind(self, self.lease, min(message.tokens, self.tokens))
+        self.computed_blocks = self.blocks_up_to(message.tokens)
         if message.moved > self.moved_blocks:
             self._lender.arrivals.note(clock.now(), message.moved - self.moved_blocks)
             self.moved_blocks = message.moved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from penstock.blocks import BlockHash, BlockId, KvLayout, chain_hashes
+from penstock.blocks import HOLE, BlockHash, BlockId, KvLayout, chain_hashes
 from penstock.kv.journal import UNTOLD, Origin
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.prefix_index import prefix_hashes
@@ -13,7 +13,7 @@ from penstock.tokens import pack
 
 
 class Resident:
-    """What the cache knows of one run. `hashes` name its full blocks, the first `published` of them findable."""
+    """What the cache knows of one run. `hashes` name what fills blocks, the first `published` of them findable."""
 
     def __init__(self, run: Run, cache: PrefixCache, layout: KvLayout, salt: str) -> None:
         self.run = run
@@ -22,6 +22,9 @@ class Resident:
         self._cache = cache
         self._layout = layout
         self._salt = salt
+        self._width = len(layout.keeps)
+        self._has_windows = layout.has_windows
+        self._trimmed_tokens = 0  # what only tokens up to here read was given back
         self._routes: list[int] = []  # what routers call the blocks of `hashes`; empty where nobody is told
         self._hash_blocks()
 
@@ -30,28 +33,33 @@ class Resident:
         return self._cache.count_cached(self._reusable()) * self._layout.block_tokens
 
     def match(self) -> list[BlockId]:
-        """The cached blocks of its prefix, each held once more."""
+        """The block table of its cached prefix, each block held once more."""
         return self._cache.match(self._reusable())
 
     def begin(self) -> None:
         """The run starts, or restarts, with what the cache holds of it."""
         self.run.blocks = self.match()
-        self.run.computed = len(self.run.blocks) * self._layout.block_tokens
-        self.published = len(self.run.blocks)
+        self.published = len(self.run.blocks) // self._width
+        self.run.computed = self._trimmed_tokens = self.published * self._layout.block_tokens
 
     def publish(self) -> None:
-        """Makes blocks that became full findable."""
+        """Makes blocks that became full findable, and gives back those that the run will not read again."""
         full = self.run.computed // self._layout.block_tokens
         if full > len(self.hashes):
             self._hash_blocks()
-        for index in range(self.published, full):
-            self.publish_block(index, self.run.blocks[index])
+        for entry in range(self.published * self._width, full * self._width):
+            self.publish_block(entry, self.run.blocks[entry])
         self.published = max(self.published, full)
+        if self._has_windows:
+            self._trim()
 
-    def publish_block(self, index: int, block: BlockId) -> None:
-        """`block` holds the block of that index, and the caller holds it: others may find it."""
-        if not self._routes:
-            self._cache.publish(block, self.hashes[index])
+    def publish_block(self, entry: int, block: BlockId) -> None:
+        """`block`, which the caller holds, holds what belongs to that entry of the block table: others may find it."""
+        if block == HOLE:
+            return
+        index, group = divmod(entry, self._width)
+        if not self._routes or group:
+            self._cache.publish(block, self.hashes[index], group=group)
         else:
             self._cache.publish(block, self.hashes[index], self._routes[index], self._origin(index))
 
@@ -65,6 +73,15 @@ class Resident:
             then()
 
         stepper.leave(self.run, release)
+
+    def _trim(self) -> None:
+        """Of windows that moved on, lets go of what they left behind. It stays cached, until its room is needed."""
+        blocks = self.run.blocks
+        gone = self._layout.forgotten(self._trimmed_tokens, self.run.computed)
+        self._cache.release([blocks[entry] for entry in gone])
+        for entry in gone:
+            blocks[entry] = HOLE
+        self._trimmed_tokens = self.run.computed
 
     def _reusable(self) -> Sequence[BlockHash]:
         """Blocks that may come from the cache: at least the last token must be computed, and what is to be scored."""

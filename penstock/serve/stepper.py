@@ -56,7 +56,7 @@ class Run:
     most_tokens: int = 0  # an own sequence ends with this many tokens at the latest
     may_stop: bool = True  # some token may end it earlier
     computed: int = 0
-    blocks: list[BlockId] = field(default_factory=list)
+    blocks: list[BlockId] = field(default_factory=list)  # its block table, with holes where nothing is read any more
     preemptions: int = 0
 
     @property
@@ -100,6 +100,7 @@ class Stepper:
         self._multi_step = engine if isinstance(engine, MultiStepEngine) else None
         self._scoring = engine if isinstance(engine, ScoringEngine) else None
         self._region = region
+        self._has_windows = region.layout.has_windows
         self._cache = cache
         self._leases = leases
         self._limits = limits
@@ -153,13 +154,17 @@ class Stepper:
 
     @property
     def claimed_blocks(self) -> int:
-        """Blocks that own sequences take next: those that run, one or what their prompt lacks; the first in line, all.
+        """Blocks that own sequences take next: those that run, one of each group or what their prompt lacks; the first
+        in line, all.
 
         Leases leave them alone, or a long prompt would wait for as long as short ones come.
         """
-        blocks_for = self._region.layout.blocks_for
+        layout, width = self._region.layout, len(self._region.layout.keeps)
         next_up = (*self._running, *self._waiting[:1])
-        return sum(max(1, blocks_for(len(run.tokens)) - len(run.blocks)) for run in next_up)
+        lacking = [layout.entries_for(len(run.tokens)) - len(run.blocks) for run in next_up]
+        if self._has_windows:
+            lacking = [min(pair) for pair in zip(lacking, map(self._most_at_a_time, next_up), strict=True)]
+        return sum(max(width, blocks) for blocks in lacking)
 
     @property
     def spare_blocks(self) -> int:
@@ -247,7 +252,7 @@ class Stepper:
             map(_want, self._waiting),
             self._cache.available,
             self._leases.promised_blocks,
-            self._region.layout.block_tokens,
+            self._region.layout,
             self._limits,
             may_preempt=lease is None,
         )
@@ -277,10 +282,16 @@ class Stepper:
         if run.on_preempt is not None:
             run.on_preempt()
 
+    def _most_at_a_time(self, run: Run) -> int:
+        """Blocks that a run takes, beyond those that it has, until its tokens are computed, if it gives back others."""
+        layout = self._region.layout
+        held = len(run.blocks) - layout.holes(run.computed)
+        return layout.blocks_for(len(run.tokens), self._limits.step_tokens) - held
+
     def _give_blocks(self, run: Run, tokens: int) -> int:
         """Makes room for the next `tokens` tokens; returns how many can be computed, 0 if blocks ran out."""
         tokens = min(tokens, run.pending)
-        need = self._region.layout.blocks_for(run.computed + tokens) - len(run.blocks)
+        need = self._region.layout.entries_for(run.computed + tokens) - len(run.blocks)
         if need <= 0:
             return tokens
         try:
@@ -294,7 +305,7 @@ class Stepper:
         if not ready:
             return []
         together = [run for run in ready if run.region is ready[0].region]
-        batch = plan_step([_want(run) for run in together], [], 0, 0, ready[0].region.layout.block_tokens, self._limits)
+        batch = plan_step([_want(run) for run in together], [], 0, 0, ready[0].region.layout, self._limits)
         return [(together[index], tokens) for index, tokens in batch.advance]
 
     def _count_alike(self, chosen: list[tuple[Run, int]]) -> int:
@@ -305,9 +316,11 @@ class Stepper:
             return 1
         steps = min(1 if run.may_stop or run.pending > 1 else run.most_tokens - len(run.tokens) for run, _ in chosen)
         room = self._cache.available - self._leases.promised_blocks
-        blocks_for = self._region.layout.blocks_for
+        layout = self._region.layout
+        if self._has_windows:  # they give back only between calls
+            steps = min(steps, layout.block_tokens)
         while steps > 1:
-            lacking = [max(0, blocks_for(run.computed + steps) - len(run.blocks)) for run, _ in chosen]
+            lacking = [max(0, layout.entries_for(run.computed + steps) - len(run.blocks)) for run, _ in chosen]
             if sum(lacking) <= room:
                 for (run, _), need in zip(chosen, lacking, strict=True):
                     if need:
@@ -417,7 +430,8 @@ def _work(parts: Sequence[tuple[int, float]]) -> Work:
 
 
 def _granted(run: Run) -> int:
-    return min(run.pending, len(run.blocks) * run.region.layout.block_tokens - run.computed)
+    layout = run.region.layout
+    return min(run.pending, len(run.blocks) // len(layout.keeps) * layout.block_tokens - run.computed)
 
 
 def _want(run: Run) -> Want:

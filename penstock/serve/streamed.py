@@ -14,13 +14,13 @@ from contextlib import AbstractAsyncContextManager
 from msgspec.structs import replace
 
 from penstock import clock
-from penstock.blocks import BlockId, Region
+from penstock.blocks import HOLE, BlockId, Region
 from penstock.errors import ConnectionLost, Refused
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.request import Token
 from penstock.serve.handoff import Begin
 from penstock.serve.job import Job
-from penstock.serve.paths import Conduit, Paths
+from penstock.serve.paths import Conduit, Pairs, Paths
 from penstock.serve.resident import Resident
 from penstock.serve.stepper import Run, Stepper
 
@@ -72,7 +72,7 @@ class Streamer:
             await admitted.wait()
             job.started_s, cached = clock.now(), run.computed
             # Connected before anything is granted, so that the owner knows of every writer.
-            async with self._connect(job, "push", len(resident.hashes) + 1) as conduit:
+            async with self._connect(job, "push", self._region.layout.blocks_for(len(run.tokens) + 1)) as conduit:
                 job.call.send(Begin(self._chunk_tokens, conduit.transfer))
                 if not await job.wait_granted():
                     return
@@ -120,22 +120,27 @@ class Streamer:
 
         Where that fails the prefix is computed.
         """
-        size = self._region.layout.block_tokens
+        layout, size = self._region.layout, self._region.layout.block_tokens
         mine, held = resident.cached_tokens() // size, job.ask.held_tokens // size
         if held <= mine or not self._is_worth_fetching(job, held - mine):
             return 0
         found = resident.match()
-        taken = self._cache.take(max(0, min(held - len(found), self._stepper.spare_blocks)))
+        wanted = layout.kept(range(len(found), layout.entries_for(held * size)), held * size)
+        taken = self._cache.take(max(0, min(len(wanted), self._stepper.spare_blocks)))
         try:
             pinned = await job.hold()
-            pairs = list(zip(taken, pinned[len(found) :], strict=False))
-            async with self._connect(job, "fetch", len(pairs)) as conduit:
-                conduit.read(pairs)
+            fetched = [
+                (entry, (block, pinned[entry]))
+                for entry, block in zip(wanted, taken, strict=False)
+                if entry < len(pinned) and pinned[entry] != HOLE
+            ]
+            async with self._connect(job, "fetch", len(fetched)) as conduit:
+                conduit.read([pair for _, pair in fetched])
                 await conduit.flush()
             await job.release()
-            for index, (block, _) in enumerate(pairs, len(found)):
-                resident.publish_block(index, block)
-            return len(pairs) * size
+            for entry, (block, _) in fetched:
+                resident.publish_block(entry, block)
+            return (1 + fetched[-1][0] // len(layout.keeps)) * size - mine * size if fetched else 0
         except (ConnectionLost, Refused) as error:
             log.info("a prefix of %s is computed, since it cannot be fetched: %s", job.ask.request, error)
             return 0
@@ -144,10 +149,10 @@ class Streamer:
             self._stepper.wake()
 
     def _is_worth_fetching(self, job: Job, blocks: int) -> bool:
-        """Whether the link is expected to beat the engine."""
+        """Whether the link is expected to beat the engine, for so many blocks of each group."""
         tokens_per_s = self._stepper.pace.prefill_tokens_per_s
         compute_s = blocks * self._region.layout.block_tokens / tokens_per_s if tokens_per_s else 0.0
-        return self._paths.expect_s(job.ask.offers, blocks) < compute_s
+        return self._paths.expect_s(job.ask.offers, blocks * len(self._region.layout.keeps)) < compute_s
 
 
 class _WriteThrough:
@@ -159,7 +164,7 @@ class _WriteThrough:
         self._job = job
         self._cache = cache
         self._held: list[BlockId] = []
-        self._next: int | None = None  # block of the table, counted from the first
+        self._next: int | None = None  # entry of the block table
 
     def push(self, conduit: Conduit) -> bool:
         """Hands over what is computed, granted and not yet handed over; True if that was the rest.
@@ -169,18 +174,24 @@ class _WriteThrough:
         job, run, granted = self._job, self.resident.run, self._job.granted
         if granted is None:
             return False
-        size = run.region.layout.block_tokens
-        first = granted.start // size if self._next is None else self._next
-        ready = len(run.blocks) if job.first is not None else run.computed // size
+        size, width = run.region.layout.block_tokens, len(run.region.layout.keeps)
+        first = granted.start // size * width if self._next is None else self._next
+        ready = len(run.blocks) if job.first is not None else run.computed // size * width
         end = max(first, min(ready, len(granted.blocks)))
-        fresh = run.blocks[first:end]
-        if fresh:
-            self._cache.hold(fresh)
-            self._held += fresh
-            self.blocks += len(fresh)
-            conduit.write(list(zip(fresh, granted.blocks[first:end], strict=True)))
+        if end > first:
+            self._write(conduit, list(zip(run.blocks[first:end], granted.blocks[first:end], strict=True)))
         self._next = end
         return job.first is not None and end == len(run.blocks)
+
+    def _write(self, conduit: Conduit, entries: Pairs) -> None:
+        """Hands over what is not a hole there."""
+        pairs = [pair for pair in entries if pair[1] != HOLE]
+        if pairs:
+            held = [here for here, _ in pairs]
+            self._cache.hold(held)
+            self._held += held
+            self.blocks += len(pairs)
+            conduit.write(pairs)
 
     def release(self) -> None:
         """Once the pipe is flushed or left."""

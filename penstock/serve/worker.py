@@ -206,9 +206,10 @@ class Worker:
         info = self._engine.info
         wanted_bytes = self._options.kv_bytes
         if not wanted_bytes:
-            full = self._options.kv_streams * info.layout.blocks_for(info.max_context_tokens) * info.layout.block_bytes
-            wanted_bytes = info.kv_room_bytes or min(full, self._options.kv_room_bytes)
-        return max(1, wanted_bytes // info.layout.block_bytes)
+            step_tokens = self._options.limits.step_tokens
+            full_bytes = info.layout.blocks_for(info.max_context_tokens, step_tokens) * info.layout.block_bytes
+            wanted_bytes = info.kv_room_bytes or min(self._options.kv_streams * full_bytes, self._options.kv_room_bytes)
+        return max(len(info.layout.keeps), wanted_bytes // info.layout.block_bytes)
 
     def _describe(self, region: Region, bound: Sequence[str]) -> Member:
         options, info = self._options, self._engine.info
@@ -220,7 +221,9 @@ class Worker:
             addresses=tuple(bound),
             layout=info.layout,
             blocks=region.blocks,
-            max_context_tokens=min(info.max_context_tokens, region.blocks * info.layout.block_tokens),
+            max_context_tokens=info.layout.tokens_in(
+                region.blocks, options.limits.step_tokens, info.max_context_tokens
+            ),
             memory=self._paths.memory,
             pid=options.pid,
             domain=options.domain,
@@ -235,7 +238,7 @@ class Worker:
     def _assemble(self, shared: Shared, endpoint: Endpoint) -> None:
         options, engine = self._options, self._engine
         self.journal = Journal(shared.region.blocks, options.keeps_origins)
-        self._cache = PrefixCache(shared.region.blocks, self.journal)
+        self._cache = PrefixCache(shared.region.blocks, self.journal, shared.region.layout.reads)
         self._leases = LeaseTable(self._cache, options.lend.lease_s)
         self._stepper = Stepper(
             engine, shared.region, self._cache, self._leases, options.limits, StepFit(engine.info.step_prior)

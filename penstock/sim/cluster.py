@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from penstock.blocks import KvLayout
+from penstock.blocks import Keeps, KvLayout, deal_layers
 from penstock.cluster import Role
 from penstock.errors import SetupError
 from penstock.fabric import Fabric
@@ -111,15 +111,13 @@ def worker_names(roles: Sequence[Role]) -> list[str]:
 
 
 def layout_of(shape: ModelShape, block_tokens: int) -> KvLayout:
-    """KV of a whole worker, what several GPUs hold copies of counted once.
-
-    A latent is one head of which half is called keys. Layers with a window keep every token, as in engines without a
-    pool for each kind of layer: so all of it is moved, and the room for it is taken.
-    """
+    """KV of a whole worker, what several GPUs hold copies of counted once. A latent is one head, half of it keys."""
     dtype = KV_DTYPES[shape.kv_bytes]
+    whole: list[Keeps] = ["all"] * (shape.layers - shape.windowed_layers)
+    layers, keeps, _ = deal_layers([*whole, *[shape.window - 1] * shape.windowed_layers])
     if (mla := shape.latents) is not None:
-        return KvLayout(shape.layers, 1, (mla.kv_rank + mla.rope_dim) // 2, block_tokens, dtype)
-    return KvLayout(shape.layers, shape.kv_heads, shape.head_dim, block_tokens, dtype)
+        return KvLayout(layers, 1, (mla.kv_rank + mla.rope_dim) // 2, block_tokens, dtype, keeps=keeps)
+    return KvLayout(layers, shape.kv_heads, shape.head_dim, block_tokens, dtype, keeps=keeps)
 
 
 def kv_room_bytes(shape: ModelShape, memory_bytes: float, gpus: int) -> float:

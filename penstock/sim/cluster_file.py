@@ -337,9 +337,10 @@ def _rank(workers: _Workers, fabric: Fabric, devices: tuple[str, ...]) -> Rank:
 def _kv_blocks(workers: _Workers, rank: Rank, shape: ModelShape, layout: KvLayout) -> int:
     """Of `kv_gib`, or of what memory the weights leave; the former is checked where the memory is known."""
     gpus, sheet, wanted_bytes = workers.group.gpus, rank.sheet, workers.kv_bytes
+    least_bytes = len(layout.keeps) * layout.block_bytes
     if gpus and sheet.memory_bytes:
         room_bytes = kv_room_bytes(shape, sheet.memory_bytes, gpus)
-        if room_bytes < layout.block_bytes:
+        if room_bytes < least_bytes:
             raise workers.field.wrong(
                 f"weights of {shape.weights_bytes / 2**30:.0f} GiB leave no room for KV on {gpus} x {sheet.model} of "
                 f"{sheet.memory_bytes / 2**30:.0f} GiB: raise `gpus`"
@@ -349,16 +350,17 @@ def _kv_blocks(workers: _Workers, rank: Rank, shape: ModelShape, layout: KvLayou
         wanted_bytes = wanted_bytes or room_bytes
     elif not wanted_bytes:
         raise workers.field.wrong(f"needs `kv_gib`: the topology does not say how much memory {sheet.model} has")
-    if wanted_bytes < layout.block_bytes:
-        raise workers.field.wrong(f"kv_gib: one block takes {layout.block_bytes / 2**30:.3g} GiB")
+    if wanted_bytes < least_bytes:
+        raise workers.field.wrong(f"kv_gib: {layout.block_tokens} tokens take {least_bytes / 2**30:.3g} GiB")
     return int(wanted_bytes // layout.block_bytes)
 
 
 def _context_tokens(fields: Mapping[str, Field], workers: tuple[WorkerSpec, ...], layout: KvLayout) -> int:
-    room_tokens = min(worker.kv_blocks for worker in workers) * layout.block_tokens
+    most = 100 * MOST
+    room_tokens = min(layout.tokens_in(worker.kv_blocks, worker.step_tokens, most) for worker in workers)
     if "max_context_tokens" not in fields:
         return min(CONTEXT_TOKENS, room_tokens)
-    tokens = fields["max_context_tokens"].whole(2, 100 * MOST)
+    tokens = fields["max_context_tokens"].whole(2, most)
     if tokens > room_tokens:
         raise fields["max_context_tokens"].wrong(
             f"{tokens} is more than the {room_tokens} that the smallest worker holds"

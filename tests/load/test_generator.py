@@ -84,12 +84,10 @@ def test_fields_may_be_added_and_left_out() -> None:
 
 def test_times_are_what_the_server_took() -> None:
     script = streamed(0.03, token(), 0.02, token(), 0.01, closing(9, 2))
-    told = summarize(opened(sessions(3), lambda *_: script), cell(), SLO)
-    latencies = told.latencies
-    assert latencies.ttft is not None and latencies.second_token_gap is not None and latencies.end_to_end is not None
-    assert latencies.ttft.p50 >= 0.025
-    assert latencies.second_token_gap.p50 >= 0.015
-    assert latencies.end_to_end.p50 >= 0.055
+    latencies = summarize(opened(sessions(3), lambda *_: script), cell(), SLO).latencies
+    assert latencies.ttft is not None and latencies.end_to_end is not None
+    assert latencies.ttft.p50 >= 0.029
+    assert latencies.end_to_end.p50 >= 0.058
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
@@ -119,12 +117,12 @@ def test_a_closed_loop_has_so_many_under_way() -> None:
 
 def test_nothing_is_sent_after_the_duration_but_answers_are_waited_for() -> None:
     def script(path: str, body: Mapping[str, object]) -> Sequence[Step]:
-        return streamed(token(), 0.15, closing(9, 1))
+        return streamed(token(), 0.45, closing(9, 1))
 
-    recorder = opened(sessions(1000, apart_s=0.01), script, 0.1)
-    assert 0 < len(recorder.requests().error) <= 10
+    recorder = opened(sessions(1000, apart_s=0.01), script, 0.4)
+    assert 0 < len(recorder.requests().error) <= 40
     assert not np.isnan(recorder.requests().ended_s).any()
-    recorder, _, ended = played(script, lambda generator: generator.closed(sessions(1000), 2, 0.1))
+    recorder, _, ended = played(script, lambda generator: generator.closed(sessions(1000), 2, 0.4))
     assert ended == 2 and summarize(recorder, cell(), SLO).ended == 2
 
 
@@ -147,13 +145,17 @@ def test_a_session_ends_with_its_first_failure() -> None:
         ([HEAD, chunk(token()), None], "connection lost"),
         (streamed(token()), "stream ended without [DONE]"),
         (streamed(token(), event({"error": {"type": "server_error"}})), "error in mid-stream: server_error"),
-        (streamed(token(), 30.0), "timeout"),
     ],
 )
 def test_failures_are_counted_by_kind(steps: Sequence[Step], error: str) -> None:
-    asking = replace(ASKING, timeout_s=0.2)
-    told = summarize(opened(sessions(2), lambda *_: steps, asking=asking), cell(), SLO)
+    told = summarize(opened(sessions(2), lambda *_: steps), cell(), SLO)
     assert (told.errors, told.ended, told.unfinished) == ({error: 2}, 0, 0)
+
+
+def test_an_answer_that_takes_too_long_is_given_up() -> None:
+    asking = replace(ASKING, timeout_s=0.1)
+    told = summarize(opened(sessions(2), lambda *_: streamed(token(), 60.0), asking=asking), cell(), SLO)
+    assert (told.errors, told.unfinished) == ({"timeout": 2}, 0)
 
 
 def test_cancelling_leaves_what_is_under_way_open() -> None:

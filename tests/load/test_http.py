@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Sequence
 
 import pytest
@@ -33,12 +32,18 @@ def asked(steps: Sequence[Step]) -> tuple[Reply, bytes]:
 
 def test_a_stream_comes_in_pieces_with_their_times() -> None:
     async def main() -> None:
-        script = [HEAD, chunk(b"one"), 0.02, chunk(b"two"), END]
+        has_one = asyncio.Event()
+        pieces: list[tuple[bytes, float]] = []
+
+        def sink(piece: bytes, at_s: float) -> None:
+            pieces.append((piece, at_s))
+            has_one.set()
+
+        script = [HEAD, chunk(b"one"), has_one, 0.02, chunk(b"two"), END]
         async with scripted(lambda path, body: script) as server, Http(server.url, {"X-Key": "k"}) as http:
-            reply, pieces = await ask(http, "/path", b'{"a": 1}')
-            assert reply == Reply(200, b"")
+            assert await http.ask("POST", "/path", b'{"a": 1}', sink) == Reply(200, b"")
             assert [piece for piece, _ in pieces] == [b"one", b"two"]
-            assert pieces[1][1] - pieces[0][1] >= 0.015
+            assert pieces[1][1] - pieces[0][1] >= 0.019
             assert server.bodies == [{"a": 1}]
             assert server.headers[0]["x-key"] == "k"
             assert server.headers[0]["host"] == server.url.removeprefix("http://")
@@ -127,7 +132,8 @@ def test_what_is_no_url(url: str) -> None:
         Http(url, {})
 
 
-def test_parts_of_a_url() -> None:
-    http = Http("https://host/base/", {})
-    assert http.base == "/base"
-    assert isinstance(http._ssl, ssl.SSLContext) and http._port == 443
+@pytest.mark.parametrize(
+    ("path", "base"), [("", ""), ("/", ""), ("/v1", ""), ("/v1/", ""), ("/some/where/", "/some/where"), ("/a/v1", "/a")]
+)
+def test_paths_begin_with_that_of_the_url(path: str, base: str) -> None:
+    assert Http(f"https://host{path}", {}).base == base

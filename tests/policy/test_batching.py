@@ -5,9 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.blocks import KvLayout
 from penstock.policy.batching import Limits, Want, plan_step
 
 BLOCK = 4
+LAYOUT = KvLayout(1, 1, 1, BLOCK, "float32")
 
 
 def decode(computed: int) -> Want:
@@ -19,7 +21,7 @@ def waiting(tokens: int) -> Want:
 
 
 def plan(running: list[Want], queue: list[Want], free: int, promised: int = 0, tokens: int = 16, **more: bool):  # type: ignore[no-untyped-def]
-    return plan_step(running, queue, free, promised, BLOCK, Limits(step_tokens=tokens, max_running=8), **more)
+    return plan_step(running, queue, free, promised, LAYOUT, Limits(step_tokens=tokens, max_running=8), **more)
 
 
 def test_decodes_come_before_an_older_prompt_that_is_being_prefilled() -> None:
@@ -79,8 +81,8 @@ def test_a_step_keeps_its_bounds(
     parts = [(running[i], n) for i, n in batch.advance] + [(queue[i], n) for i, n in batch.admit]
     assert sum(n for _, n in parts) <= tokens
     assert all(0 < n <= want.pending_tokens for want, n in parts)
-    need = sum(max(0, -(-(want.computed_tokens + n) // BLOCK) - want.blocks) for want, n in parts)
-    assert need <= free + sum(running[i].blocks for i in batch.preempt)
+    need = sum(max(0, -(-(want.computed_tokens + n) // BLOCK) - want.entries) for want, n in parts)
+    assert need <= free + sum(running[i].entries for i in batch.preempt)
     assert not set(batch.preempt) & {i for i, _ in batch.advance}
     assert [i for i, _ in batch.admit] == list(range(len(batch.admit)))
     if running and may_preempt and not batch.advance:

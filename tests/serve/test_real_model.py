@@ -138,9 +138,13 @@ def test_a_pool_too_small_for_everybody_changes_nothing(model: Path) -> None:
     wanted = prompts(30, 45, 50, 20, 60)
 
     async def story() -> list[list[Token]]:
-        async with cluster(engines(model), ROUTES["mixed"], SMALL_STEPS, kv_blocks=12) as site:
+        both = engines(model)
+        layout = both["d"][1].info.layout
+        blocks = 5 + layout.blocks_for(100, SMALL_STEPS.limits.step_tokens)
+        async with cluster(both, ROUTES["mixed"], SMALL_STEPS, blocks) as site:
             outputs = await stagger(site, wanted, greedy(40))
-            assert site.workers["d"].load().preemptions > 0
+            if "all" in layout.keeps:  # a window alone does not grow while it decodes
+                assert site.workers["d"].load().preemptions > 0
             site.check_all_free()
             return outputs
 

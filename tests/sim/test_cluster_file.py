@@ -188,7 +188,7 @@ MISTAKES: list[tuple[str, str, int, str, str]] = [
     ("count: 2", "gpus: 1, cores: 2", 4, "workers[0].cores", "is instead of `gpus`"),
     ("count: 2", "cores: 2", 4, "workers[0]", "needs `kv_gib`"),
     ("count: 2", "kv_gib: 100", 4, "workers[0]", "kv_gib: beside the weights there is room for 55.0 GiB"),
-    ("count: 2", "kv_gib: 0.01", 4, "workers[0]", "kv_gib: one block takes 0.0625 GiB"),
+    ("count: 2", "kv_gib: 0.01", 4, "workers[0]", "kv_gib: 512 tokens take 0.0625 GiB"),
     ("count: 2", "kv_gib: many", 4, "workers[0].kv_gib", "needs a number of at least 0"),
     ("count: 2", "on: [node7]", 4, "workers[0].on[0]", "did you mean 'node0'?"),
     ("llama-3-8b", "llama-3-70b", 4, "workers[0]", "leave no room for KV on 1 x h100_sxm of 80 GiB: raise `gpus`"),

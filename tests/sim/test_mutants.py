@@ -10,9 +10,10 @@ import pytest
 from msgspec.structs import replace
 
 from penstock import clock
-from penstock.blocks import BlockId, Region
+from penstock.blocks import BlockId, KvLayout, Region
 from penstock.engine.simulated import expected_tokens
 from penstock.kv.lease import Lease, LeaseTable
+from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.liveness import Patience
 from penstock.request import Hop, Progress, Request, Token
 from penstock.serve.decode import Decoder, Output, Sequence
@@ -21,6 +22,7 @@ from penstock.serve.job import Job
 from penstock.serve.lend import Borrowing, Lender, Reclaimer
 from penstock.serve.paths import Conduit, Shared
 from penstock.serve.prefill import Prefiller
+from penstock.serve.resident import Resident
 from penstock.serve.router import Router
 from penstock.serve.rpc import Call
 from penstock.serve.stepper import Run, Stepper
@@ -37,6 +39,7 @@ from tests.sim import test_recovery as recovery
 from tests.sim import test_storms as storms
 from tests.sim import test_streamed as streamed
 from tests.sim import test_transport as transports
+from tests.sim import test_windows as windows
 
 Story = Callable[[], None]
 
@@ -291,6 +294,41 @@ def more_steps_than_are_left(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Stepper, "_count_alike", count)
 
 
+def windows_are_kept_whole(patch: pytest.MonkeyPatch) -> None:
+    """Nothing is given back that no later token reads."""
+    patch.setattr(Resident, "_trim", lambda self: None)
+
+
+def windows_are_a_block_too_short(patch: pytest.MonkeyPatch) -> None:
+    """The oldest block that the next token reads is given back."""
+    forgotten = KvLayout.forgotten
+
+    def one_more(self: KvLayout, before: int, tokens: int) -> list[int]:
+        return forgotten(self, before, tokens + self.block_tokens)
+
+    patch.setattr(KvLayout, "forgotten", one_more)
+
+
+def what_is_yet_to_be_written_is_taken_over(patch: pytest.MonkeyPatch) -> None:
+    """What windows will leave behind is used again before the writer has come that far."""
+    commit_behind = Lender.commit_behind
+
+    def commit_ahead(self: Lender, borrowing: Borrowing, lease: Lease, tokens: int) -> None:
+        commit_behind(self, borrowing, lease, min(borrowing.tokens, tokens + 3 * windows.CHUNK))
+
+    patch.setattr(Lender, "commit_behind", commit_ahead)
+
+
+def what_windows_left_behind_stays_lent(patch: pytest.MonkeyPatch) -> None:
+    """A prompt that is computed in place holds all of it until its end."""
+    patch.setattr(Lender, "commit_behind", lambda self, borrowing, lease, tokens: None)
+
+
+def prefixes_are_found_without_their_windows(patch: pytest.MonkeyPatch) -> None:
+    """What keeps all is found, whatever became of the windows."""
+    patch.setattr(PrefixCache, "_find_lacking", lambda self, hashes, length: None)
+
+
 NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
     no_quarantine: partial(stories.test_a_late_write_cannot_hit_blocks_that_serve_somebody_else, is_streamed=False),
     settle_is_not_asked: partial(
@@ -340,6 +378,19 @@ NOTICED_BY: Mapping[Callable[[pytest.MonkeyPatch], None], Story] = {
     stalled_workers_get_requests: partial(
         progress.test_streams_of_a_decode_engine_that_freezes_end_whole_elsewhere, is_streamed=False
     ),
+    windows_are_kept_whole: partial(
+        windows.test_a_long_sequence_holds_its_full_part_and_its_windows, windows.HOME, windows.STEP
+    ),
+    windows_are_a_block_too_short: partial(
+        windows.test_a_long_sequence_holds_its_full_part_and_its_windows, windows.HOME, windows.STEP
+    ),
+    what_is_yet_to_be_written_is_taken_over: partial(
+        windows.test_a_pool_that_is_too_small_for_all_of_everything_is_enough, windows.HANDED_OVER, is_streamed=False
+    ),
+    what_windows_left_behind_stays_lent: partial(
+        windows.test_a_long_sequence_holds_its_full_part_and_its_windows, windows.HANDED_OVER, 2 * windows.CHUNK
+    ),
+    prefixes_are_found_without_their_windows: windows.test_a_prefix_whose_windows_were_evicted_is_not_found,
     more_steps_than_are_left: streamed.test_no_step_is_made_past_the_last_token,
 }
 

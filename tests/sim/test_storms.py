@@ -17,6 +17,7 @@ from random import Random
 import pytest
 
 from penstock import clock
+from penstock.blocks import Keeps
 from penstock.engine.simulated import Options as EngineOptions
 from penstock.errors import DeadlineExceeded
 from penstock.policy.batching import Limits
@@ -39,19 +40,23 @@ WEATHERS = (
     Weather(drop=0.01, repeat=0.1, jitter_s=0.02),
 )
 
+KEEPS: tuple[tuple[Keeps, ...], ...] = (("all",), ("all",), ("all", 40, 40), (24,), ("all", "all", 7))
+
 TRICKLE = 5e-9  # of an NVLink's rate: a prompt takes seconds
 
 
 async def stormy(seed: int) -> list[Answer]:
     """Random clients under random misfortunes; then the sky clears, and everything must come to rest.
 
-    Odd seeds stream KV, even ones compute in place. Prompts share beginnings, so blocks are cached, read by others,
-    and written late by whoever was given up. At the end every prompt is asked again: what the caches hold must be
-    right. Returns the answers of those who did not leave.
+    Odd seeds stream KV, even ones compute in place; all layers keep everything, or some of them a window. Prompts share
+    beginnings, so blocks are cached, read by others, and written late by whoever was given up. At the end every prompt
+    is asked again: what the caches hold must be right. Returns the answers of those who did not leave.
     """
     rng = Random(seed)
     prompts = some_prompts(rng, 4)
-    world = World(seed, some_shape(rng, is_streamed=seed % 2 == 1), WEATHERS[seed // 2 % len(WEATHERS)])
+    world = World(
+        seed, some_shape(rng, seed % 2 == 1, KEEPS[seed // 10 % len(KEEPS)]), WEATHERS[seed // 2 % len(WEATHERS)]
+    )
     world.skews_s = {name: rng.choice([0.0, -30.0, 1e6 * rng.random()]) for name in NAMES}
     async with world:
         asking: list[asyncio.Task[Answer]] = []
@@ -74,9 +79,9 @@ async def stormy(seed: int) -> list[Answer]:
         return [task.result() for task in asking if not task.cancelled()] + again
 
 
-def some_shape(rng: Random, is_streamed: bool) -> Shape:
+def some_shape(rng: Random, is_streamed: bool, keeps: tuple[Keeps, ...]) -> Shape:
     engine = EngineOptions(
-        prefill_token_s=rng.choice([1e-3, 4e-3]), step_s=0.01, pieces=2, most_steps=rng.choice([1, 4, 16])
+        prefill_token_s=rng.choice([1e-3, 4e-3]), step_s=0.01, pieces=2, most_steps=rng.choice([1, 4, 16]), keeps=keeps
     )
     worker = WorkerOptions(
         *("", 0),
@@ -84,7 +89,7 @@ def some_shape(rng: Random, is_streamed: bool) -> Shape:
         prefill=PrefillOptions(chunk_tokens=64),
         lend=LendOptions(lease_s=2.0, kill_after_s=8.0),
     )
-    blocks = rng.choice([20, 40])
+    blocks = rng.choice([20, 40]) * len(keeps)
     ways = rng.choice([("rdma",), ("tcp",), ("rdma", "tcp")])
     return Shape(
         prefill=2, decode=2, engine=engine, kv_blocks=blocks, worker=worker, is_streamed=is_streamed, ways=ways

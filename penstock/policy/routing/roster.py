@@ -96,7 +96,8 @@ class Roster:
     def ask(self, request: Request) -> tuple[Ask, Found]:
         """What a policy is asked, and what was found of the prompt."""
         found = self._prefixes.find(request)
-        token_bytes = self._members[0].layout.token_bytes
+        layout = self._members[0].layout
+        token_bytes = round(layout.block_bytes / layout.tokens_per_block)  # of windows no more than the last is moved
         restore_s = found.lower_tokens * (token_bytes / RESTORE_BYTES_PER_S)
         left_tokens = request.sampling.max_tokens - request.progress.count
         ask = Ask(self._booked, request.sequence_tokens, left_tokens, token_bytes, found.tokens, restore_s)
@@ -203,7 +204,7 @@ class Roster:
             streams=load[1],
             used_blocks=load[2],
             blocks=np.array([float(member.blocks) for member in members]),
-            block_tokens=np.array([float(member.layout.block_tokens) for member in members]),
+            block_tokens=np.array([member.layout.tokens_per_block for member in members]),
             prefill_tokens_per_s=np.full(len(members), PRIOR_TOKENS_PER_S),
             decode_step_s=np.full(len(members), PRIOR_STEP_S),
             prices=np.zeros((4, len(members))),

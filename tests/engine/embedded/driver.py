@@ -81,7 +81,7 @@ class Driver:
 
     def start(self, prompt: list[int], tokens: int, sampling: Sampling = GREEDY) -> Running:
         """A sequence with blocks for its prompt and `tokens` more."""
-        wanted = self.region.layout.blocks_for(len(prompt) + tokens)
+        wanted = self.region.layout.entries_for(len(prompt) + tokens)
         past = Past(f"s{next(self._names)}", array("I", prompt), len(prompt))
         return Running(past, [self._free.pop() for _ in range(wanted)], sampling)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -13,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from torch import Tensor
 
-from penstock.blocks import BlockId, KvLayout
+from penstock.blocks import HOLE, BlockId, KvLayout
 from penstock.engine import embedded_batch
 from penstock.engine.api import Slice
 from penstock.engine.embedded_attention import Paged, Pool, Scratch, paged_attention
@@ -23,7 +25,7 @@ from penstock.engine.embedded_batch import Geometry, build
 from penstock.errors import UnsupportedModel
 
 LAYOUT = KvLayout(layers=3, kv_heads=2, head_dim=4, block_tokens=4, dtype="float32")
-BLOCKS = 120
+BLOCKS = 240
 HEADS = 6
 LAYER = 1
 GEOMETRY = Geometry(LAYOUT, HEADS, torch.float32, torch.device("cpu"))
@@ -32,12 +34,13 @@ MODULE: Any = SimpleNamespace(layer_idx=LAYER, config=SimpleNamespace())
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences as (start, count), and how they attend."""
+    """Sequences as (start, count), and how they attend. Layers that are dealt have a table for windows, with holes."""
 
     sequences: list[tuple[int, int]]
     window: int | None
     softcap: float | None
     has_sinks: bool
+    is_dealt: bool = False
 
 
 counts = st.one_of(st.just(1), st.integers(1, 30))
@@ -47,6 +50,7 @@ cases = st.builds(
     window=st.one_of(st.none(), st.integers(1, 50)),
     softcap=st.sampled_from([None, 2.0]),
     has_sinks=st.booleans(),
+    is_dealt=st.booleans(),
 )
 
 
@@ -77,17 +81,22 @@ def paged(
     module: Any = MODULE,
 ) -> Tensor:
     """Computes first all starts, then all counts, in a pool of NaN; the outputs of the latter, slice by slice."""
+    places: list[tuple[int, int]] = []
+    if case.is_dealt and case.window is not None:
+        layout = replace(layout, keeps=("all", max(1, case.window - 1)))
+        places = [(1, layer) for layer in range(layout.layers)]
     pool = Pool(torch.full((BLOCKS * layout.block_bytes // 4,), torch.nan), layout)
-    geometry = Geometry(layout, HEADS, torch.float32, torch.device("cpu"))
+    geometry = Geometry(layout, HEADS, torch.float32, torch.device("cpu"), places)
     free = [BlockId(block) for block in range(BLOCKS)]
     Random(3).shuffle(free)
     before, after = [], []
     at = 0
     for start, count in case.sequences:
-        blocks = [free.pop() for _ in range(layout.blocks_for(start + count))]
+        blocks = [free.pop() for _ in range(layout.entries_for(start + count))]
+        kept = layout.kept(range(len(blocks)), start)
         rows = range(at, at + start + count)  # as token ids, so that the step's row can be told apart
         before.append(Slice(rows[:start], 0, blocks))
-        after.append(Slice(rows[start:], start, blocks))
+        after.append(Slice(rows[start:], start, [b if i in kept else HOLE for i, b in enumerate(blocks)]))
         at += start + count
     output = torch.full((len(query), HEADS, 4), torch.nan)
     for slices in ([one for one in before if one.tokens], after):
@@ -162,9 +171,14 @@ def test_over_latents_it_equals_the_definition_over_keys_and_values_made_of_them
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def attend(module: Any, changed: Callable[[Tensor], Tensor] = lambda cached: cached, **arguments: Any) -> None:
+def attend(
+    module: Any,
+    changed: Callable[[Tensor], Tensor] = lambda cached: cached,
+    geometry: Geometry = GEOMETRY,
+    **arguments: Any,
+) -> None:
     """One token; `changed` is what the layer does to its keys between cache and attention."""
-    batch = build([Slice([0], 0, [BlockId(0)])], GEOMETRY)
+    batch = build([Slice([0], 0, [BlockId(0)])], geometry)
     step = Paged(Pool(torch.zeros(LAYOUT.block_bytes // 4), LAYOUT), batch, Scratch())
     key, value = step.update(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), LAYER)
     query = torch.zeros(1, HEADS, 1, 4)
@@ -174,6 +188,15 @@ def attend(module: Any, changed: Callable[[Tensor], Tensor] = lambda cached: cac
 def test_a_layer_that_attends_to_other_keys_than_it_caches_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="changes keys and values after they were cached"):
         attend(MODULE, changed=lambda cached: cached.repeat(1, 2, 1, 1))
+
+
+def test_a_layer_that_sees_more_than_its_group_keeps_is_refused() -> None:
+    windowed = dataclasses.replace(GEOMETRY, layout=replace(LAYOUT, keeps=(7,)))
+    attend(MODULE, geometry=windowed, sliding_window=8)
+    with pytest.raises(UnsupportedModel, match="sees 9 tokens, its configuration says 8"):
+        attend(MODULE, geometry=windowed, sliding_window=9)
+    with pytest.raises(UnsupportedModel, match="sees all tokens, its configuration says 8"):
+        attend(MODULE, geometry=windowed, sliding_window=None)
 
 
 def test_foreign_kinds_of_attention_are_refused() -> None:

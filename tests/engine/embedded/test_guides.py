@@ -277,8 +277,10 @@ def test_eos_waits_for_the_guide_and_alone_is_left_after_it(model: Model) -> Non
 
 
 def test_min_tokens_and_bad_words_give_way_to_a_guide_that_allows_nothing_else(model: Model) -> None:
-    sampling = guided(CHOICE, 1, min_tokens=50, bad_words=tuple((token,) for token in range(1, VOCABULARY)))
-    assert ACCEPTED[CHOICE](model.text(complete(model, sampling)))
+    letters = Guide("regex", "[a-f]{4}")
+    bad = [(token,) for token in range(VOCABULARY) if re.fullmatch("[a-f]+", model.text([token]))]
+    outputs = {model.text(complete(model, guided(letters, n, min_tokens=50, bad_words=tuple(bad)))) for n in range(4)}
+    assert all(re.fullmatch(letters.text, output) for output in outputs) and len(outputs) > 1
 
 
 def test_min_tokens_keep_a_guide_going_that_can_go_on(model: Model) -> None:
