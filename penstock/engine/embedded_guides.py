@@ -76,8 +76,8 @@ class Mask:
     def apply(self, logits: Tensor, own: Tensor) -> Tensor:
         """A copy of `logits` [all rows, vocabulary] with -inf for what is banned.
 
-        Where that leaves nothing, since min_tokens or bad words say had ruled out all else, the guide comes first: such
-        a row gets the model's `own` logits for what it may have.
+        Where that leaves nothing, because min_tokens or bad words had ruled out the rest, the guide comes first: such a
+        row gets the model's `own` logits for what it may have.
         """
         guided = logits[self.rows].masked_fill_(self.banned, -torch.inf)
         empty = guided.amax(-1) == -torch.inf
