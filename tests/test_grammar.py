@@ -152,6 +152,21 @@ def test_every_kind_has_a_limit() -> None:
 
 
 @settings(deadline=None)
+@given(
+    kind=st.sampled_from(["json_schema", "regex", "choice", "grammar"]),
+    text=st.text(max_size=20) | st.text('ab()[]{}|*+?\\^$.,-:="/<>#%\n', max_size=20).map("start: {}".format),
+)
+def test_whatever_a_client_sends_passes_or_is_refused(kind: Kind, text: str) -> None:
+    guide = Guide(kind, text)
+    try:
+        check(guide, "field")
+    except BadRequest as error:
+        assert error.param == "field"
+    else:
+        assert not compile_guide(guide, BYTES).is_error()
+
+
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=5), st.text(max_size=6))
 def test_choices_are_taken_literally(choices: list[str], other: str) -> None:
     guide = Guide("choice", json.dumps(choices))
