@@ -18,8 +18,8 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -35,6 +35,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = 16_000
+CONFIG = {  # of weights that nobody loads
+    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY, "eos_token_id": 1},
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+}
+DYNAMO_ROUTERS = {"round_robin": "round-robin", "pairs": "kv"}
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -76,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--quick", action="store_true", help="one short round; round robin only where it costs most")
+    parser.add_argument(
+        "--dynamo", metavar="PYTHON", help="an interpreter that has ai-dynamo: compare with its frontend"
+    )
     arguments = parser.parse_args()
     rounds, seconds = (1, 2.0) if arguments.quick else (5, 5.0)
     cases = [quick(case) for case in CASES] if arguments.quick else CASES
@@ -83,7 +92,8 @@ def main() -> None:
     os.sched_setaffinity(0, cores[1:] or cores)
     with tempfile.TemporaryDirectory() as folder:
         words = make_model(Path(folder))
-        rows = [row for case in cases for row in measure(Path(folder), words, case, rounds, seconds, cores[0])]
+        bench = Bench(Path(folder), words, rounds, seconds, cores[0], arguments.dynamo)
+        rows = [row for case in cases for row in bench.measure(case)]
     emit(rows, arguments.json)
 
 
@@ -106,37 +116,58 @@ def make_model(folder: Path) -> list[str]:
     tokenizer.train([str(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    settings = {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     marked = sorted(word for word in tokenizer.get_vocab() if word.startswith("Ġ") and word[1:].isalpha())
     return [word[1:] for word in marked if len(tokenizer.encode(" " + word[1:]).ids) == 1]
 
 
-def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds: float, core: int) -> Iterator[Row]:
-    """The least of several rounds, each with processes of its own: what else runs on this machine only adds."""
-    samples: dict[str, list[float]] = {policy: [] for policy in case.aims}
-    for seed in range(rounds):
-        for policy, values in samples.items():
-            values.append(one_round(folder, words, case, policy, Random(seed), seconds, core))
-    first, *_ = case.aims
-    for policy, aim in case.aims.items():
-        reference = (None, None) if policy == first else (first, min(samples[first]))
-        name = f"{case.what}: {case.name}" + (f", {policy}" if len(case.aims) > 1 else "")
-        yield Row(name, min(samples[policy]), case.unit, *reference, aim, aim_is_for_value=True)
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Measures cases. The frontends have `core` for themselves; `dynamo` is the Python of a peer, if there is one."""
 
+    folder: Path
+    words: Sequence[str]
+    rounds: int
+    seconds: float
+    core: int
+    dynamo: str | None
 
-def one_round(
-    folder: Path, words: Sequence[str], case: Case, policy: str, rng: Random, seconds: float, core: int
-) -> float:
-    prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(case.prompts)]
-    requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
-    cpu_s: list[float] = []
-    with serving(folder, case, policy, core) as (address, frontend):
-        totals = generate_load(
-            address, requests, case.connections, 1.0, seconds, lambda: cpu_s.append(cpu_of(frontend))
-        )
-    if totals.errors:
-        raise SystemExit(f"{case.name}: {totals.errors[0]}")
-    return result(totals, cpu_s[1] - cpu_s[0], case)
+    def measure(self, case: Case) -> Iterator[Row]:
+        """The least of several rounds, each with processes of its own: what else runs on this machine only adds."""
+        samples: dict[str, list[float]] = {policy: [] for policy in case.aims}
+        compared = [policy for policy in case.aims if policy in DYNAMO_ROUTERS] if self.dynamo else []
+        theirs: dict[str, list[float]] = {policy: [] for policy in compared}
+        for seed in range(self.rounds):
+            for policy, values in samples.items():
+                values.append(self._round(case, Random(seed), serving(self.folder, case, policy, self.core)))
+            for policy, values in theirs.items():
+                assert self.dynamo is not None
+                frontend = serving_dynamo(self.dynamo, self.folder, case, policy, self.core)
+                values.append(self._round(case, Random(seed), frontend))
+        first, *_ = case.aims
+        for policy, aim in case.aims.items():
+            reference: tuple[str | None, float | None] = (None, None)
+            if policy in theirs:
+                reference = f"Dynamo, {DYNAMO_ROUTERS[policy]}", min(theirs[policy])
+            elif policy != first:
+                reference = first, min(samples[first])
+            name = f"{case.what}: {case.name}" + (f", {policy}" if len(case.aims) > 1 else "")
+            yield Row(name, min(samples[policy]), case.unit, *reference, aim, aim_is_for_value=True)
+
+    def _round(self, case: Case, rng: Random, frontend: AbstractContextManager[tuple[tuple[str, int], int]]) -> float:
+        prompts = [" " + " ".join(rng.choices(self.words, k=case.prompt_tokens)) for _ in range(case.prompts)]
+        requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
+        cpu_s: list[float] = []
+        with frontend as (address, process):
+            totals = generate_load(
+                address, requests, case.connections, 1.0, self.seconds, lambda: cpu_s.append(cpu_of(process))
+            )
+        if totals.errors:
+            raise SystemExit(f"{case.name}: {totals.errors[0]}")
+        return result(totals, cpu_s[1] - cpu_s[0], case)
 
 
 def result(totals: Totals, cpu_s: float, case: Case) -> float:
@@ -167,34 +198,64 @@ def serving(folder: Path, case: Case, policy: str, core: int) -> Iterator[tuple[
 
 
 @contextmanager
+def serving_dynamo(
+    python: str, folder: Path, case: Case, policy: str, core: int
+) -> Iterator[tuple[tuple[str, int], int]]:
+    """The same of NVIDIA Dynamo: its frontend, and its simulated engine in another process, without etcd or NATS."""
+    port = free_port()
+    speed = 1 if case.step_s else 1_000_000  # its own pace is a step every 6 ms, or so
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as processes:
+        settings = {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": scratch, "DYN_REQUEST_PLANE": "tcp"}
+        settings |= {"DYN_EVENT_PLANE": "zmq", "DYN_LOG": "warn", "HF_HUB_OFFLINE": "1"}
+        router = DYNAMO_ROUTERS[policy]
+        listen = ("--http-host=127.0.0.1", f"--http-port={port}", f"--router-mode={router}")
+        model = (f"--model-path={folder}", f"--model-name={MODEL}", "--block-size=16")
+        engine = (*model, f"--speedup-ratio={speed}", f"--num-workers={case.workers}")
+        for module, flags in (("dynamo.mocker", engine), ("dynamo.frontend", listen)):
+            process = processes.enter_context(started([python, "-m", module, *flags], settings))
+        os.sched_setaffinity(process, {core})
+        wait_until(lambda: MODEL.encode() in page(port, "/v1/models"))
+        time.sleep(2)  # the last workers register
+        yield ("127.0.0.1", port), process
+
+
+@contextmanager
 def running(command: str, folder: Path | None, token: str, *flags: str) -> Iterator[int]:
     """A command of penstock, about the model in `folder` if it takes one; yields its process id."""
     model = [] if folder is None else [str(folder), f"--model-name={MODEL}"]
-    arguments = [sys.executable, "-m", "penstock", command, *model, *flags]
-    with subprocess.Popen(
-        [*arguments, "--log-level=error"], env=dict(os.environ) | {"PENSTOCK_TOKEN": token}
-    ) as process:
+    arguments = [sys.executable, "-m", "penstock", command, *model, *flags, "--log-level=error"]
+    with started(arguments, {"PENSTOCK_TOKEN": token}) as process:
+        yield process
+
+
+@contextmanager
+def started(arguments: Sequence[str], settings: Mapping[str, str]) -> Iterator[int]:
+    with subprocess.Popen(arguments, env=dict(os.environ) | settings) as process:
         try:
             yield process.pid
         finally:
             process.terminate()
 
 
-def wait_ready(port: int, workers: int, timeout_s: float = 60.0) -> None:
+def wait_ready(port: int, workers: int) -> None:
+    wait_until(lambda: len(json.loads(page(port, "/health") or b'{"workers": []}')["workers"]) >= workers)
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
-    while joined(port) < workers:
+    while not is_so():
         if time.monotonic() > until:
-            raise SystemExit(f"{workers} workers did not join within {timeout_s:.0f} s")
+            raise SystemExit(f"a server was not ready within {timeout_s:.0f} s")
         time.sleep(0.05)
 
 
-def joined(port: int) -> int:
-    """Workers that the frontend knows; none while it is not there, or not ready."""
+def page(port: int, path: str) -> bytes:
+    """Nothing where the server is not there, or not ready."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as page:
-            return len(json.load(page)["workers"])
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1) as answer:
+            return answer.read()
     except OSError:  # refused, reset, too slow, or a status that says not yet
-        return 0
+        return b""
 
 
 def free_port() -> int:

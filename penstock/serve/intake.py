@@ -58,8 +58,8 @@ async def _encode(prompt: Prompt, ask: Ask, tokenizer: Tokenizer, context_tokens
 
 async def told_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[Told]:
     """What an answer must know of its prompts, one by one."""
-    if ask.chat is not None:
-        return [Told(end=await tokenizer.decode(prompt[-END_TOKENS:])) for prompt in prompts]
+    if ask.chat is not None and tokenizer.formats.reasoning is not None:
+        return [Told(end=tokenizer.decode_nowait(prompt[-END_TOKENS:])) for prompt in prompts]
     if not ask.echoes:
         return [Told()] * len(prompts)
     return [
