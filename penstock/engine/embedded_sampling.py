@@ -23,6 +23,8 @@ from penstock.engine.embedded_guides import Guides
 from penstock.engine.embedded_penalties import Penalties
 from penstock.request import Sampling, Token
 
+_COLDEST = torch.finfo(torch.float32).tiny  # what is colder would be 0 in float32, and nothing could be drawn
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -108,7 +110,7 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     sorted order, whereas here it only shifts the boundaries between tokens.
     """
     samplings = [draw.sampling for draw in draws]
-    temperatures = logits.new_tensor([s.temperature for s in samplings])[:, None]
+    temperatures = logits.new_tensor([s.temperature for s in samplings])[:, None].clamp_min(_COLDEST)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
     if any(s.min_p for s in samplings):  # of the likeliest, whose logit is 0 here
         scaled = scaled.masked_fill(scaled < logits.new_tensor([s.min_p for s in samplings]).log()[:, None], -torch.inf)

@@ -279,6 +279,13 @@ def test_tokens_without_a_chance_are_never_drawn() -> None:
     assert drawn == {3, 10}
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 1e-46, 5e-324])
+def test_at_next_to_no_temperature_the_likeliest_is_drawn(temperature: float) -> None:
+    logits = torch.stack([Row(ONE, [1], [], seed).logits for seed in range(4)])
+    drawn = sample(logits, [Draw(structs.replace(ONE, temperature=temperature), position) for position in range(4)])
+    assert [token.id for token in drawn] == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_what_leaves_no_token_is_no_ban(temperature: float, seed: int) -> None:
