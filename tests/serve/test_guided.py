@@ -232,3 +232,18 @@ def test_a_worker_that_cannot_guide_or_has_too_little_room_is_passed_over(model:
     tokens, finish = run(story(), 60)
     assert ids(tokens) == ids(undisturbed)
     assert len(finish.timeline.failures) == 2 + bool(after)
+
+
+def test_a_prefill_worker_that_cannot_guide_computes_nothing_for_a_guide(model: Path) -> None:
+    (prompt,) = prompts(50)
+    (undisturbed,) = ask_alone(model, [prompt], guided(LETTERS))
+    both = {**engines(model), "p": ("prefill", Unable(Options(str(model), threads=1)))}
+
+    async def story() -> list[Token]:
+        async with cluster(both, REMOTE, SMALL_STEPS, kv_blocks=80) as site:  # type: ignore[arg-type]
+            tokens, finish = await site.ask(prompt, guided(LETTERS))
+            assert site.workers["p"].load().steps == 0
+            assert (finish.timeline.path, len(finish.timeline.failures)) == ("local", 1)
+            return tokens
+
+    assert ids(run(story(), 60)) == ids(undisturbed)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
+from msgspec import structs
 
 from penstock.blocks import Keeps, KvLayout
 from penstock.engine.api import EngineInfo, Scored, SequencesFailed, Slice, Step
@@ -139,6 +140,8 @@ async def storm(seed: int) -> list[Told]:
                 fate = rng.choice(["fine"] * 6 + [DOOMED, DOOMED, BROKEN])
                 sampling = Sampling(10, float(choice > 0), seed=7, choice=choice, prompt_logprobs=scores)
                 name = f"{fate}-{rng.randrange(4)}-{len(asking)}"
+                early = expected_tokens(prompt, sampling, shape.engine)[rng.randrange(10)]
+                sampling = structs.replace(sampling, min_tokens=10, stop_token_ids=(early,))
                 asking.append(asyncio.create_task(ask(world, prompt, sampling, name)))
             await asyncio.sleep(0.7 * rng.random())
             if rng.random() < 0.3:
