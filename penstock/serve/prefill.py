@@ -126,7 +126,7 @@ class Prefiller:
             raise WorkerDraining(f"{self._member.worker} is draining")
         if len(self._jobs) >= self._options.max_queued:
             raise Overloaded(f"{self._member.worker} has {len(self._jobs)} prefills queued, its limit")
-        if ask.sampling.guide is not None and "guide" not in self._member.supports:  # before it computes all for nothing
+        if ask.sampling.guide is not None and "guide" not in self._member.supports:  # or all is computed for nothing
             raise Unsupported(f"the engine of {self._member.worker} has no guide", "guide")
         if not ask.offers:
             raise BadRequest(f"{self._member.worker} was asked to prefill into no region")

@@ -126,24 +126,26 @@ async def storm(seed: int) -> list[Told]:
     Pools have room for the longest prompt, and often for nothing else.
     """
     rng = Random(seed)
+    longest, most_tokens = rng.choice([(400, 10), (400, 100), (20, 200)])
     stems = [[rng.randrange(100, 30_000) for _ in range(400)] for _ in range(2)]
     prompts = [
-        rng.choice(stems)[: rng.randrange(400)] + [rng.randrange(100, 30_000) for _ in range(rng.randrange(1, 100))]
+        rng.choice(stems)[: rng.randrange(longest)] + [rng.randrange(100, 30_000) for _ in range(rng.randrange(1, 100))]
         for _ in range(4)
     ]
-    shape = some_shape(rng, seed % 2 == 1, max(map(len, prompts)) + 11)
+    shape = some_shape(rng, seed % 2 == 1, max(map(len, prompts)) + most_tokens + 1)
+    gap_s = rng.choice([0.0, 0.1, 0.7])
     async with World(seed, shape, rng.choice(WEATHERS)) as world:
         asking: list[asyncio.Task[Told]] = []
         for prompt in prompts:
             for choice in range(rng.choice([1, 1, 3])):
                 scores = rng.choice([None, None, 0])
                 fate = rng.choice(["fine"] * 6 + [DOOMED, DOOMED, BROKEN])
-                sampling = Sampling(10, float(choice > 0), seed=7, choice=choice, prompt_logprobs=scores)
+                sampling = Sampling(most_tokens, float(choice > 0), seed=7, choice=choice, prompt_logprobs=scores)
                 name = f"{fate}-{rng.randrange(4)}-{len(asking)}"
-                early = expected_tokens(prompt, sampling, shape.engine)[rng.randrange(10)]
-                sampling = structs.replace(sampling, min_tokens=10, stop_token_ids=(early,))
+                early = expected_tokens(prompt, sampling, shape.engine)[rng.randrange(most_tokens)]
+                sampling = structs.replace(sampling, min_tokens=most_tokens, stop_token_ids=(early,))
                 asking.append(asyncio.create_task(ask(world, prompt, sampling, name)))
-            await asyncio.sleep(0.7 * rng.random())
+            await asyncio.sleep(gap_s * rng.random())
             if rng.random() < 0.3:
                 rng.choice(asking[-2:]).cancel()
             if rng.random() < 0.5:
@@ -243,3 +245,29 @@ def test_after_a_step_that_failed_nothing_more_is_computed_for_its_sequences() -
             check_rest(world)
 
     run_virtual(story())
+
+
+@pytest.mark.parametrize("keeps", [("all",), ("all", 40)], ids=["all", "windows"])
+def test_prompts_that_lose_their_blocks_before_the_end_are_told_once(keeps: tuple[Keeps, ...]) -> None:
+    """Streams that began earlier grow meanwhile, and take the blocks of a long prompt that is computed beside them."""
+    worker = WorkerOptions("", 0, limits=Limits(step_tokens=8))
+    shape = replace(ONE_BY_ONE, prefill=0, engine=replace(ONE_BY_ONE.engine, keeps=keeps), worker=worker)
+
+    async def story() -> list[Told]:
+        async with World(1, replace(shape, kv_blocks=45 + 15 * len(keeps))) as world:
+            sampling = Sampling(170, 0.0, prompt_logprobs=0, stop_token_ids=(1,))  # so nobody knows how long it gets
+            asking = [ask(world, [200 + at, 300], sampling, f"fine-0-{at}") for at in range(4)]
+            growing = asyncio.gather(*asking)
+            await asyncio.sleep(0.02)
+            long = await ask(world, list(range(400, 1_000)), sampling, "fine-0-long")
+            answers = await growing
+            await world.settle()
+            check_rest(world)
+            return [*answers, long]
+
+    answers = run_virtual(story())
+    assert all(answer.is_whole for answer in answers)
+    timeline = answers[-1].finish.timeline if answers[-1].finish else None
+    assert timeline is not None and timeline.preemptions > 0 and timeline.computed_tokens > 600
+    for answer in answers:
+        check(answer)
