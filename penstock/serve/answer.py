@@ -69,7 +69,8 @@ class Manner:
         ask = self.ask
         stops = StopFinder(ask.stop, ask.includes_stop) if ask.stop else None
         shown = None if ask.shows_special else self.tokenizer.formats.keeps() if is_parsed else ()
-        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens, shown)
+        goes_on = self.dialect.is_continuation or (ask.chat is not None and ask.chat.continue_final_message)
+        return self.tokenizer.output(stops, goes_on, ask.min_tokens, shown)
 
     def parsed(self, request: Request, index: int, prompt_end: str) -> Parsed | None:
         """What reads a chat's answer where it may be more than text."""
@@ -79,6 +80,8 @@ class Manner:
             parser = forced.required(turn)
         elif tools.choice.mode == "named":
             parser = forced.named(tools.choice.name)
+        elif "guide" in self.ask.given:  # what it describes is the answer, with no room for the model's own markers
+            return None
         elif self.ask.chat is not None and self.tokenizer.formats.may_parse(turn):
             parser = self.tokenizer.formats.parser(turn)
         else:
@@ -117,6 +120,8 @@ class Answer:
         """The whole answer, of complete choices."""
         manner, chosen = self._manner, self._best()
         rendered = [choice.render(index) for index, choice in enumerate(chosen)]
+        for choice in self.choices:
+            choice.pass_over()
         first = chosen[0]
         more: Fields = {}
         if self.ask.chat is not None:
@@ -180,7 +185,7 @@ class Choice:
         self._last_s: float | None = None  # when the last tokens came
         self._shown: list[Shown] = []
         self._logprob = 0.0  # of all tokens
-        self._told = 0  # of those shown, as events of a parsed answer
+        self._told = 0  # of those shown, by events of a parsed answer
         self._chars = len(self._echoed)
 
     @property
@@ -195,10 +200,13 @@ class Choice:
 
     def opening(self) -> bytes:
         """The events before the first token's."""
-        if not self._echoed:
-            return self._events.opening
-        logprobs = self._manner.logprobs(self._echoed_tokens()) if self.prompt_logprobs else None
-        return self._events.token_with(self._echoed, logprobs, {})
+        more: Fields = {"prompt_token_ids": list(unpack(self.request.prompt))} if self._ask.shows_token_ids else {}
+        if self._ask.chat is not None:
+            return self._events.opening(more)
+        if not self._echoed and not more:
+            return b""
+        logprobs = self._manner.logprobs(self._echoed_tokens()) if self._echoed and self.prompt_logprobs else None
+        return self._events.token_with(self._echoed, logprobs, more)
 
     def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
         """One event for each token of the text."""
@@ -213,12 +221,16 @@ class Choice:
     def closing(self) -> bytes:
         """The last events of this choice."""
         text, before = self._output.finish(), b""
+        logprobs: Fields | None = None
+        untold: Fields = {}
         if self._parsed is not None:
-            before = b"".join(map(self._events.delta, self._parsed.finish(text)))
+            before = b"".join([self._events.delta(fields, None, {}) for fields in self._parsed.finish(text)])
             text = ""
+            logprobs, untold = self._untold(len(self._shown))
         ending = self._settle()
+        ending.more.update(untold)
         more = self.timeline_fields() if self._ask.wants_timeline else {}
-        return before + self._events.finish(text, ending, more)
+        return before + self._events.finish(text, logprobs, ending, more)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._events.usage(usage)
@@ -273,12 +285,12 @@ class Choice:
             self.is_complete = True
             if finish.reason == "abort":
                 raise EngineFailed("the worker gave the request up")
-            if finish.stop_token is not None:
-                self.tokens += 1
-                tokens = tokens[:-1]
         if self._ask.max_tokens == 0:  # one had to be generated; the prompt alone was asked for
             self.is_complete = True
             return []
+        if finish is not None and finish.stop_token is not None:
+            self.tokens += 1
+            tokens = tokens[:-1]
         texts = []
         for token in tokens:
             texts.append(self._output.push(token.id))
@@ -289,6 +301,11 @@ class Choice:
         if not self._is_plain or self._ask.best_of > self._ask.n:
             self._note(tokens[: len(texts)], texts)
         return texts
+
+    def pass_over(self) -> None:
+        """The choice is complete; nothing changes unless others were better and it was not rendered."""
+        if self.record.state == "running":
+            self._settle()
 
     def fail(self, error: PenstockError) -> None:
         if self.record.state == "running":
@@ -311,16 +328,23 @@ class Choice:
         return self._manner.dialect.said(self._echoed + "".join(self._texts) + rest)
 
     def _parsed_events(self, parsed: Parsed, texts: Sequence[str]) -> bytes:
-        """As many events as there is something to show; log probabilities come with the first after their token."""
+        """As many events as there is something to show; what is told of tokens comes with the first after them."""
         events = []
-        untold = len(self._shown) - len(texts)
+        before = len(self._shown) - len(texts)
         for number, text in enumerate(texts, 1):
             for fields in parsed.push(text):
-                shown = self._shown[self._told : untold + number]
-                events.append(self._events.delta(fields, self._manner.logprobs(shown)))
-                self._told += len(shown)
+                events.append(self._events.delta(fields, *self._untold(before + number)))
         self.is_complete = self.is_complete or parsed.is_complete
         return b"".join(events)
+
+    def _untold(self, end: int) -> tuple[Fields | None, Fields]:
+        """Log probabilities and ids of the tokens up to `end` that no event of a parsed answer had yet."""
+        shown = self._shown[self._told : end]
+        if not shown:
+            return None, {}
+        self._told = end
+        ids: Fields = {"token_ids": [one.token.id for one in shown]} if self._ask.shows_token_ids else {}
+        return self._manner.logprobs(shown), ids
 
     def _event_of(self, text: str, shown: Shown) -> bytes:
         more: Fields = {"token_ids": [shown.token.id]} if self._ask.shows_token_ids else {}
@@ -370,6 +394,8 @@ class Choice:
         """The choice is complete: what is to be said and kept of it."""
         finish, timeline = self._finish, self._timeline()
         reason: str = "stop" if finish is None or self._output.stopped_by else finish.reason
+        if self._ask.max_tokens == 0:
+            reason = "length"
         if reason == "stop" and self._parsed is not None and self._parsed.has_calls:
             reason = "tool_calls"
         self.record.state = "finished"
@@ -389,7 +415,7 @@ class Choice:
         """The stop string, or the token of `stop_token_ids`; the end of a text is no reason that was asked for."""
         if self._output.stopped_by:
             return self._output.stopped_by
-        stop = None if self._finish is None else self._finish.stop_token
+        stop = None if self._finish is None or self._ask.max_tokens == 0 else self._finish.stop_token
         return stop if stop in self.request.sampling.stop_token_ids else None
 
     def _timeline(self) -> Timeline:

@@ -23,6 +23,7 @@ from penstock.errors import (
     WorkerLost,
 )
 from penstock.request import Request, Token
+from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.frontend import Frontend
 from penstock.serve.text import Tokenizer
 from penstock.sim.loop import run_virtual
@@ -46,7 +47,7 @@ from tests.serve.fake_backend import (
     stuck,
     tokens_of,
 )
-from tests.serve.tokenizers_made import byte_level
+from tests.serve.tokenizers_made import CHAT, byte_level, sentencepiece
 
 Story = Callable[[Frontend, FakeBackend], Awaitable[None]]
 
@@ -174,6 +175,8 @@ def test_the_best_of_several_choices_is_the_likeliest() -> None:
         assert [(each["index"], each["text"]) for each in client.json["choices"]] == [(0, "number 3"), (1, "number 2")]
         assert client.json["choices"][0]["logprobs"] is None
         assert client.json["usage"]["completion_tokens"] == sum(len(tokens_of(f"number {i}")) for i in range(4))
+        records = (await get(app, "/debug/requests")).json["requests"]
+        assert [record["state"] for record in records] == ["finished"] * 4
 
     play(story, counting())
 
@@ -193,10 +196,20 @@ def test_echoed_prompts_come_with_their_log_probabilities() -> None:
         assert whole["choices"][0]["text"] == "fire"
         assert whole["usage"]["completion_tokens"] == 0
         assert backend.requests[-1].sampling.max_tokens == 1
+        assert whole["choices"][0]["finish_reason"] == "length"
         events = (await complete(app, prompt="fire", echo=True, stream=True)).events
         assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "firewater and power"
 
     play(story)
+
+
+def test_a_prompt_alone_has_no_output_even_if_the_model_would_end_there() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        whole = (await complete(app, echo=True, max_tokens=0)).json
+        assert whole["usage"]["completion_tokens"] == 0
+        assert whole["choices"][0]["finish_reason"] == "length"
+
+    play(story, saying("w", finish("stop", stop_token=1)))
 
 
 def test_prompt_logprobs_in_vllms_form() -> None:
@@ -222,8 +235,11 @@ def test_token_ids_are_told_where_they_are_asked_for() -> None:
         (choice,) = (await complete(app, return_token_ids=True, truncate_prompt_tokens=1)).json["choices"]
         assert choice["token_ids"] == [token.id for token in tokens_of("water and power")]
         assert choice["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt)) == [tokens_of("water")[-1].id]
-        *events, _, _ = (await complete(app, return_token_ids=True, stream=True)).events
+        first, *events, _, _ = (await complete(app, return_token_ids=True, stream=True)).events
+        assert first["choices"][0]["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt))
         assert [event["choices"][0]["token_ids"] for event in events] == [[id] for id in choice["token_ids"]]
+        first, *_ = (await chat(app, return_token_ids=True, stream=True)).events
+        assert first["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt))
         named = await complete(app, logprobs=0, return_tokens_as_token_ids=True)
         assert named.json["choices"][0]["logprobs"]["tokens"][0] == f"token_id:{choice['token_ids'][0]}"
 
@@ -282,7 +298,8 @@ def test_reasoning_and_calls_are_told_apart_from_content() -> None:
         assert choice["finish_reason"] == "tool_calls"
         assert len(choice["logprobs"]["content"]) == len(tokens_of(CALLING))
 
-        *events, last, done = (await chat(app, tools=TOOLS, logprobs=True, stream=True)).events
+        *events, done = (await chat(app, tools=TOOLS, logprobs=True, stream=True)).events
+        last = events[-1]
         assert done == "[DONE]" and last["choices"][0]["finish_reason"] == "tool_calls"
         deltas = [event["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("content") or "" for delta in deltas) == "I look."
@@ -294,11 +311,44 @@ def test_reasoning_and_calls_are_told_apart_from_content() -> None:
         ]
         assert calls[0]["id"] != calls[1]["id"]
         told = [one for event in events for one in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
-        spelled = [bytes(one["bytes"]) for one in told]
-        assert b"".join(spelled) == CALLING.encode()[: sum(map(len, spelled))]
-        assert len(told) > 0.8 * len(tokens_of(CALLING))
+        assert told == choice["logprobs"]["content"]  # the last ones come with the end
+        assert all(event["choices"][0]["logprobs"] != {"content": []} for event in (*events, last))
 
     play(story, saying(CALLING, finish("stop")), tokenizer=CALLER)
+
+
+def test_a_message_that_is_continued_keeps_the_space_before_its_next_word() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        messages = [{"role": "assistant", "content": "fire and"}]
+        continued = await chat(app, messages=messages, continue_final_message=True)
+        assert continued.json["choices"][0]["message"]["content"] == " water"
+        assert (await chat(app)).json["choices"][0]["message"]["content"] == "water"
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield [Token(token) for token in sentencepiece().encode("water").ids], finish()
+
+    play(story, script, tokenizer=Tokenizer(sentencepiece(), ChatTemplate(CHAT, {}), "demo"))
+
+
+def test_the_ids_of_all_tokens_are_told_of_a_parsed_stream() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, tools=TOOLS, return_token_ids=True, stream=True)
+        told = [id for event in client.events[:-1] for id in event["choices"][0].get("token_ids", [])]
+        assert told == [token.id for token in tokens_of(CALLING)]
+
+    play(story, saying(CALLING, finish("stop")), tokenizer=CALLER)
+
+
+def test_what_a_guide_describes_is_neither_reasoning_nor_a_call() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 200, (*CARD.supports, "guide"))
+        asked = {"response_format": {"type": "json_object"}, "tools": TOOLS}
+        (choice,) = (await chat(app, **asked)).json["choices"]
+        assert choice["message"] == {"role": "assistant", "refusal": None, "content": '{"a": 1}'}
+        *events, _ = (await chat(app, **asked, stream=True)).events
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == '{"a": 1}'
+
+    play(story, saying('{"a": 1}', finish("stop")), tokenizer=CALLER)
 
 
 def test_calls_are_content_where_none_may_be_made_and_end_the_answer_where_one_may() -> None:
