@@ -292,7 +292,10 @@ class Frontend:
         if kind.partition(b";")[0].strip().lower() != b"application/json":
             # Also what keeps web pages of other origins from asking: a browser sends them no other type unasked.
             raise BadRequest("the body must be JSON; send the header Content-Type: application/json")
-        ask = dialect.parse(body)
+        try:
+            ask = dialect.parse(body)
+        except RecursionError:
+            raise BadRequest("the body is nested too deep") from None
         if exchange.headers.get(b"x-penstock-timeline") == b"1":
             ask = msgspec.structs.replace(ask, wants_timeline=True)
         card, tokenizer = self._find_model(ask.model)

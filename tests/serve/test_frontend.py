@@ -574,6 +574,31 @@ def test_bodies_that_are_no_request(chunks: list[bytes]) -> None:
     play(story)
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "time"}}])
+@pytest.mark.parametrize("depth", [50, 120, 200, 600, 900, 5000])
+def test_no_depth_is_a_fault_of_ours(depth: int, choice: object) -> None:
+    deep = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "1", "type": "function", "function": {"name": "time", "arguments": deep}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    parameters = {"properties": {"DEEP": 1}}
+    tools = [{"type": "function", "function": {"name": "time", "parameters": parameters}}]
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 200, (*CARD.supports, "guide"))
+        assert (await chat(app, messages=messages)).status == 200
+        for asked in (
+            chat_body(tools=tools, tool_choice=choice),
+            chat_body(response_format={"type": "json_schema", "json_schema": {"schema": parameters}}),
+            chat_body(metadata=parameters),
+            chat_body(chat_template_kwargs=parameters),
+        ):
+            body = json.dumps(asked).replace('{"DEEP": 1}', deep).encode()
+            client = await Client(app).ask("POST", "/v1/chat/completions", chunks=[body])
+            assert client.status in (200, 400), client.body
+
+    play(story)
+
+
 def test_bodies_must_say_that_they_are_json() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         for kind, status in (("text/plain", 400), ("application/json; charset=utf-8", 200)):
