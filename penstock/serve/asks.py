@@ -27,6 +27,10 @@ SESSION_CHARS = 256  # of the name of a session that tell it from others
 SEED_MASK = (1 << 63) - 1  # engines take seeds that are not negative
 STRING_CHARS = 512  # of a stop string, or a bad word
 MOST_CHOICES = 128  # of one request, over all its prompts
+# What keeps a body from holding up everybody else: its values cost more than its bytes.
+MOST_COMMAS = 1 << 20  # of a body, in texts, too: nearly each is a token
+MOST_MESSAGES = 1 << 12  # of a conversation; so many parts, too, and calls, of all of them
+BAD_CHARS = 1 << 13  # of all bad words
 
 _encode = msgspec.json.Encoder().encode
 
@@ -108,6 +112,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 # What is parsed in a second step, so that an error can say where it is wrong. `openapi` describes it by SHAPES.
 RawMessage = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})]
+RawMessages = Annotated[list[RawMessage], Meta(min_length=1, max_length=MOST_MESSAGES)]
 _RawPart = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/TextPart"})]
 _RawPrompt = Annotated[object, Meta(extra_json_schema={"type": ["integer", "string", "array"]})]
 
@@ -163,7 +168,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[RawMessage], Meta(min_length=1)]
+    messages: RawMessages
     max_completion_tokens: _Count | None = None
     tools: list[object] | None = None
     tool_choice: str | dict[str, object] | None = None
@@ -173,7 +178,7 @@ class ChatBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
-    documents: list[dict[str, object]] | None = None
+    documents: Annotated[list[dict[str, object]], Meta(max_length=MOST_MESSAGES)] | None = None
     logprobs: bool | None = None
     top_logprobs: _Tops | None = None
 
@@ -317,6 +322,7 @@ def conversation_of(fields: ChatBody, tools: Tools) -> Chat:
             "continue_final_message goes on with the last message: leave add_generation_prompt out",
             "continue_final_message",
         )
+    _refuse_many_parts(fields.messages)
     return Chat(
         [_parse_message(message, f"messages[{i}]") for i, message in enumerate(fields.messages)],
         tools=[tool.for_template() for tool in tools.offered] if tools.choice.mode != "none" else (),
@@ -327,7 +333,16 @@ def conversation_of(fields: ChatBody, tools: Tools) -> Chat:
     )
 
 
+def _refuse_many_parts(messages: Sequence[Mapping[str, object]]) -> None:
+    for name in ("content", "tool_calls"):
+        parts = sum(len(value) for message in messages if isinstance(value := message.get(name), list))
+        if parts > MOST_MESSAGES:
+            raise BadRequest(f"messages: {name} has {parts} parts in all; the most is {MOST_MESSAGES}", "messages")
+
+
 def _load(body: bytes) -> dict[str, object]:
+    if body.count(b",") > MOST_COMMAS:
+        raise BadRequest(f"the body has more than {MOST_COMMAS} commas, and so more values or tokens; shorten it")
     try:
         return msgspec.json.decode(body, type=dict[str, object])
     except msgspec.ValidationError as error:
@@ -388,6 +403,8 @@ def _parse_prompts(prompt: str | list[object]) -> tuple[Prompt, ...]:
     if isinstance(prompt, str):
         return (prompt,)
     first = prompt[0]
+    if isinstance(first, str | list) and len(prompt) > MOST_CHOICES:
+        raise BadRequest(f"prompt: there are {len(prompt)}; the most is {MOST_CHOICES}", "prompt")
     if isinstance(first, str):
         return tuple(convert(prompt, list[Annotated[str, Meta(min_length=1)]], "prompt"))
     if isinstance(first, list):
@@ -400,6 +417,8 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         raise BadRequest("stream_options needs stream: true", "stream_options")
     if fields.prompt_logprobs is not None and fields.stream:
         raise BadRequest("prompt_logprobs are told with a whole answer: leave stream out", "prompt_logprobs")
+    if (chars := sum(map(len, fields.bad_words or ()))) > BAD_CHARS:
+        raise BadRequest(f"bad_words: they have {chars} characters in all; the most is {BAD_CHARS}", "bad_words")
     stop = fields.stop
     n = fields.n or 1
     asked = find_guide({name: value for name in FIELDS if (value := getattr(fields, name)) is not None})

@@ -15,7 +15,7 @@ from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, Unsupported
 from penstock.request import Request, Sampling
 from penstock.serve.asks import Ask, Prompt, output_budget
-from penstock.serve.text import Tokenizer
+from penstock.serve.text import MOST_TOKENS, Tokenizer
 from penstock.tokens import pack
 
 END_TOKENS = 32  # of a prompt, that parsers see
@@ -37,7 +37,12 @@ def check_needs(ask: Ask, card: ModelCard) -> None:
 
 
 async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[Sequence[int]]:
-    """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
+    """Raises BadRequest for prompts without tokens and for tokens that the model does not have.
+
+    `context_tokens` is what the model takes; what is to be cut down to its last tokens may be longer.
+    """
+    if ask.takes_last_tokens is not None:
+        context_tokens = MOST_TOKENS
     if ask.chat is not None:
         name = "messages"
         prompts: list[Sequence[int]] = [await tokenizer.encode_chat(ask.chat, context_tokens)]

@@ -20,6 +20,7 @@ from penstock.serve.parsers.api import Call, ToolCallArguments, ToolCallStart
 Schema = dict[str, object]  # JSON Schema
 
 MAX_TOOLS = 128  # OpenAI's
+MAX_TOOLS_BYTES = 1 << 19  # of all of them, as JSON: templates write it out
 CALL_ID_CHARS = 9  # Mistral's templates take letters and digits, exactly so many; others take anything
 _ID_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -107,6 +108,8 @@ def parse_tools(
 def _parse_offered(raw: Sequence[object]) -> tuple[Tool, ...]:
     if len(raw) > MAX_TOOLS:
         raise BadRequest(f"tools has {len(raw)} tools; the most is {MAX_TOOLS}", "tools")
+    if (size := len(msgspec.json.encode(raw))) > MAX_TOOLS_BYTES:
+        raise BadRequest(f"tools has {size} bytes; the most is {MAX_TOOLS_BYTES}", "tools")
     offered = tuple(_parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(raw))
     names: list[str] = []
     for i, tool in enumerate(offered):

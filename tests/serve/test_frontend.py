@@ -246,6 +246,16 @@ def test_token_ids_are_told_where_they_are_asked_for() -> None:
     play(story)
 
 
+def test_a_prompt_that_is_to_be_cut_may_be_longer_than_the_model_takes() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        text = " ".join(map(str, range(CARD.max_context_tokens)))
+        assert (await complete(app, prompt=text)).status == 400
+        client = await complete(app, prompt=text, truncate_prompt_tokens=7)
+        assert client.json["usage"]["prompt_tokens"] == 7
+
+    play(story)
+
+
 def test_stop_strings_may_be_included_and_wait_for_the_least_number_of_tokens() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         (choice,) = (await complete(app, stop=[" and"], include_stop_str_in_output=True)).json["choices"]
