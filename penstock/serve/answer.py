@@ -251,8 +251,8 @@ class Choice:
     def of_prompt(self) -> Fields:
         """What was asked to be told of the prompt."""
         more: Fields = {}
-        if "prompt_logprobs" in self._ask.given and not self._ask.echoes:
-            more["prompt_logprobs"] = [None, *map(self._scored, self.prompt_logprobs)]
+        if (tops := self._ask.prompt_logprobs) is not None:
+            more["prompt_logprobs"] = [None, *(self._scored(token, tops) for token in self.prompt_logprobs)]
         if self._ask.shows_token_ids:
             more["prompt_token_ids"] = list(unpack(self.request.prompt))
         return more
@@ -372,14 +372,15 @@ class Choice:
     def _echoed_tokens(self) -> list[Shown]:
         """The prompt's tokens with their log probabilities; the first one has none."""
         ids, at, shown = unpack(self.request.prompt), 0, []
-        for token in (Token(ids[0]), *self.prompt_logprobs):
-            shown.append(Shown(token, min(at, self._chars)))
+        for scored in (Token(ids[0]), *self.prompt_logprobs):
+            token = msgspec.structs.replace(scored, top=scored.top[: self._ask.logprobs])
+            shown.append(Shown(token, min(at, len(self._echoed))))
             at += len(self._manner.tokenizer.spell(token.id).decode(errors="replace"))
         return shown
 
-    def _scored(self, token: Token) -> Fields:
+    def _scored(self, token: Token, tops: int) -> Fields:
         """vLLM's form: by token id, the token itself first; ranks count from 1 and are null beyond those asked for."""
-        ranked = {other: (logprob, rank) for rank, (other, logprob) in enumerate(token.top, 1)}
+        ranked = {other: (logprob, rank) for rank, (other, logprob) in enumerate(token.top[:tops], 1)}
         own = {token.id: (token.logprob, ranked.get(token.id, (None, None))[1])}
         return {
             str(each): {

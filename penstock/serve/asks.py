@@ -60,6 +60,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     echoes: bool = False  # the text begins with the prompt
     takes_last_tokens: int | None = None  # so many of the prompt; None: all
     adds_special: bool = True  # what the tokenizer puts around a plain prompt
+    prompt_logprobs: int | None = None  # that are told in a field of their own
     shows_token_ids: bool = False
     names_tokens_by_id: bool = False  # in log probabilities
     is_stream: bool = False
@@ -287,7 +288,7 @@ def parse_completion(body: bytes) -> Ask:
         raise BadRequest("max_tokens = 0 leaves nothing to answer but the prompt: set echo", "max_tokens")
     ask = _ask(fields, fields.logprobs)
     if fields.echo and fields.logprobs is not None:
-        ask.given.setdefault("prompt_logprobs", fields.logprobs)
+        ask.given["prompt_logprobs"] = max(fields.logprobs, fields.prompt_logprobs or 0)
     return msgspec.structs.replace(
         ask,
         prompts=prompts,
@@ -433,6 +434,7 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         includes_stop=bool(fields.include_stop_str_in_output),
         shows_special=fields.skip_special_tokens is False,
         takes_last_tokens=fields.truncate_prompt_tokens,
+        prompt_logprobs=fields.prompt_logprobs,
         shows_token_ids=bool(fields.return_token_ids),
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         is_stream=bool(fields.stream),

@@ -224,6 +224,11 @@ def test_prompt_logprobs_in_vllms_form() -> None:
         both = (await complete(app, prompt="fire and", prompt_logprobs=1, n=2)).json["choices"]
         assert both[0]["prompt_logprobs"] == both[1]["prompt_logprobs"] == choice["prompt_logprobs"]
         assert [request.sampling.prompt_logprobs for request in backend.requests[-2:]] == [1, None]
+        (echoed,) = (await complete(app, prompt="fire and", prompt_logprobs=1, echo=True)).json["choices"]
+        assert (echoed["prompt_logprobs"], echoed["logprobs"]) == (choice["prompt_logprobs"], None)
+        (echoed,) = (await complete(app, prompt="fire and", prompt_logprobs=1, echo=True, logprobs=0)).json["choices"]
+        assert echoed["prompt_logprobs"] == choice["prompt_logprobs"]
+        assert echoed["logprobs"]["top_logprobs"][1] == {}
         chatted = (await chat(app, prompt_logprobs=1)).json
         assert len(chatted["prompt_logprobs"]) == backend.requests[-1].prompt_tokens
 
