@@ -205,8 +205,8 @@ class Choice:
             return self._events.opening(more)
         if not self._echoed and not more:
             return b""
-        logprobs = self._manner.logprobs(self._echoed_tokens()) if self._echoed and self.prompt_logprobs else None
-        return self._events.token_with(self._echoed, logprobs, more)
+        echoed = self._echoed_tokens()
+        return self._events.token_with(self._echoed, self._manner.logprobs(echoed) if echoed else None, more)
 
     def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
         """One event for each token of the text."""
@@ -240,7 +240,7 @@ class Choice:
     def render(self, index: int) -> bytes:
         """This choice of a whole answer."""
         said = self._said()
-        shown = [*self._echoed_tokens(), *self._shown] if self._echoed and self.prompt_logprobs else self._shown
+        shown = [*self._echoed_tokens(), *self._shown]
         ending = self._settle()
         if self._ask.chat is None:
             ending.more.update(self.of_prompt())
@@ -370,7 +370,9 @@ class Choice:
             self._chars += len(text)
 
     def _echoed_tokens(self) -> list[Shown]:
-        """The prompt's tokens with their log probabilities; the first one has none."""
+        """The prompt's tokens with their log probabilities, where they are shown; the first one has none."""
+        if not self._echoed or self._ask.logprobs is None:
+            return []
         ids, at, shown = unpack(self.request.prompt), 0, []
         for scored in (Token(ids[0]), *self.prompt_logprobs):
             token = msgspec.structs.replace(scored, top=scored.top[: self._ask.logprobs])

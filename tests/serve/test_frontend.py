@@ -197,6 +197,10 @@ def test_echoed_prompts_come_with_their_log_probabilities() -> None:
         assert whole["usage"]["completion_tokens"] == 0
         assert backend.requests[-1].sampling.max_tokens == 1
         assert whole["choices"][0]["finish_reason"] == "length"
+        (short,) = (await complete(app, prompt=[70], echo=True, logprobs=0, max_tokens=0)).json["choices"]
+        assert short["logprobs"]["token_logprobs"] == [None]
+        first, *_ = (await complete(app, prompt=[70], echo=True, logprobs=0, stream=True)).events
+        assert first["choices"][0]["logprobs"] == short["logprobs"]
         events = (await complete(app, prompt="fire", echo=True, stream=True)).events
         assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "firewater and power"
 
