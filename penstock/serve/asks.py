@@ -8,7 +8,7 @@ that are not implemented here, wrong types and values out of range alike. docs/a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -96,6 +96,7 @@ def output_budget(prompt_tokens: int, asked: int | None, default: int | None, co
         raise PromptTooLong(
             f"the prompt has {prompt_tokens} tokens and {asked} were asked for; prompt and answer share a context "
             f"of {context_tokens} tokens here. Shorten the prompt, or lower max_tokens to {room}",
+            "max_tokens",
         )
     return asked or min(room, default or room)
 
@@ -296,7 +297,7 @@ def parse_completion(body: bytes) -> Ask:
         best_of=best_of,
         echoes=bool(fields.echo),
         adds_special=fields.add_special_tokens is not False,
-        needs=(*ask.needs, *((("prompt_logprobs", "echo"),) if fields.echo and fields.logprobs is not None else ())),
+        needs=(*ask.needs, *_needs_of_completion(fields, best_of > n)),
     )
 
 
@@ -471,6 +472,13 @@ def _biased(token: str) -> int:
     if not (token.isascii() and token.isdigit() and len(token) < 10):
         raise BadRequest(f"logit_bias: {token[:40]!r} is no token id", "logit_bias")
     return int(token)
+
+
+def _needs_of_completion(fields: CompletionBody, has_best: bool) -> Iterator[tuple[str, str]]:
+    if fields.echo and fields.logprobs is not None:
+        yield "prompt_logprobs", "echo"
+    if has_best:
+        yield "logprobs", "best_of"
 
 
 def _needs(fields: Body, logprobs: int | None) -> tuple[tuple[str, str], ...]:

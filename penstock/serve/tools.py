@@ -28,12 +28,11 @@ _Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A function that the model may call. `is_strict`: its arguments must follow the schema."""
+    """A function that the model may call."""
 
     name: str
     description: str
     parameters: Schema  # of an object
-    is_strict: bool
 
     def for_template(self) -> dict[str, object]:
         """As chat templates take it."""
@@ -79,7 +78,7 @@ class _Function(msgspec.Struct, forbid_unknown_fields=True):
     name: _Name
     description: str | None = None
     parameters: dict[str, object] | None = None
-    strict: bool | None = None
+    strict: bool | None = None  # changes nothing: calls that are forced follow their schema, others need not
 
 
 class _Tool(msgspec.Struct, forbid_unknown_fields=True):
@@ -129,7 +128,7 @@ def _parse_tool(raw: object, where: str) -> Tool:
         path = f"{where}.function.parameters.type"
         raise BadRequest(f"{path}: arguments are an object, so this must be 'object'", path)
     schema = {"type": "object", "properties": {}} | parameters
-    return Tool(function.name, function.description or "", schema, function.strict is True)
+    return Tool(function.name, function.description or "", schema)
 
 
 def _parse_choice(raw: object, offered: Sequence[Tool]) -> Choice:

@@ -306,7 +306,7 @@ def test_the_fields_of_plain_completions() -> None:
     ask = completion(echo=True, logprobs=3, best_of=4, n=2, max_tokens=0, add_special_tokens=False)
     assert (ask.echoes, ask.best_of, ask.n, ask.max_tokens, ask.adds_special) == (True, 4, 2, 0, False)
     assert ask.given == {"logprobs": 3, "prompt_logprobs": 3}
-    assert ask.needs == (("logprobs", "logprobs"), ("prompt_logprobs", "echo"))
+    assert ask.needs == (("logprobs", "logprobs"), ("prompt_logprobs", "echo"), ("logprobs", "best_of"))
 
 
 @pytest.mark.parametrize(
@@ -406,3 +406,4 @@ def test_what_does_not_fit_is_told_the_numbers(prompt: int, asked: int | None) -
     with pytest.raises(PromptTooLong, match=f"has {prompt} tokens.*(99|100)") as caught:
         output_budget(prompt, asked, None, 100)
     assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == (None if asked is None or prompt >= 100 else "max_tokens")

@@ -526,7 +526,7 @@ def test_wrong_paths_and_methods(method: str, path: str, status: int) -> None:
         ({"logit_bias": {"10000": 1}}, "logit_bias", None),
         ({"bad_words": ["water " * 100]}, "bad_words[0]", None),
         ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
-        ({"max_tokens": 200}, None, "context_length_exceeded"),
+        ({"max_tokens": 200}, "max_tokens", "context_length_exceeded"),
         ({"prompt": "water " * 500}, None, "context_length_exceeded"),
         ({"prompt": list(range(200))}, None, "context_length_exceeded"),
         ({"prompt": "water " * 100_000}, None, "context_length_exceeded"),
@@ -552,7 +552,7 @@ def test_what_the_model_cannot_take_reaches_no_worker(
 def test_a_feature_that_the_engine_lacks_is_refused_by_name() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         backend.models = {"demo": ModelCard("demo", 200)}
-        for name, value in (("temperature", 0.5), ("top_p", 0.5), ("top_k", 4), ("logprobs", 1)):
+        for name, value in (("temperature", 0.5), ("top_p", 0.5), ("top_k", 4), ("logprobs", 1), ("best_of", 2)):
             client = await complete(app, **{name: value})
             assert (client.status, client.json["error"]["param"]) == (400, name)
         assert (await complete(app, temperature=0)).status == 200
@@ -621,8 +621,9 @@ def test_no_depth_is_a_fault_of_ours(depth: int, choice: object) -> None:
 def test_bodies_must_say_that_they_are_json() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         for kind, status in (("text/plain", 400), ("application/json; charset=utf-8", 200)):
-            client = await Client(app).ask("POST", "/v1/chat/completions", chat_body(), {"content-type": kind})
-            assert client.status == status
+            for path, body in (("/v1/chat/completions", chat_body()), ("/tokenize", {"prompt": "water"})):
+                client = await Client(app).ask("POST", path, body, {"content-type": kind})
+                assert client.status == status
 
     play(story)
 
