@@ -30,6 +30,10 @@ from penstock.serve.text import Tokenizer
 from penstock.serve.tools import call_id
 from penstock.tokens import unpack
 
+AT_A_TIME = 64  # tokens whose log probabilities are written between two turns of the event loop
+
+_encode = msgspec.json.Encoder().encode
+
 
 class Record(msgspec.Struct):
     """What /debug/requests/{id} shows of a choice; the list of /debug/requests has its head. No prompt, and no answer.
@@ -91,6 +95,16 @@ class Manner:
     def logprobs(self, shown: Sequence[Shown]) -> Fields | None:
         return None if self.ask.logprobs is None else self.dialect.logprobs(shown, self.spell)
 
+    async def all_logprobs(self, shown: Sequence[Shown]) -> Fields | None:
+        """The same of many tokens, which may take a while."""
+        whole = self.logprobs(shown[:AT_A_TIME])
+        for start in range(AT_A_TIME, len(shown), AT_A_TIME):
+            await asyncio.sleep(0)
+            for name, values in (self.logprobs(shown[start : start + AT_A_TIME]) or {}).items():
+                if whole is not None and isinstance(every := whole[name], list) and isinstance(values, list):
+                    every += [msgspec.Raw(_encode(value)) for value in values]
+        return whole
+
 
 class Answer:
     """What was asked, and what came of it so far."""
@@ -116,16 +130,16 @@ class Answer:
             return openai.DONE
         return self.choices[0].usage_event(self._usage()) + openai.DONE
 
-    def body(self) -> bytes:
+    async def body(self) -> bytes:
         """The whole answer, of complete choices."""
         manner, chosen = self._manner, self._best()
-        rendered = [choice.render(index) for index, choice in enumerate(chosen)]
+        rendered = [await choice.render(index) for index, choice in enumerate(chosen)]
         for choice in self.choices:
             choice.pass_over()
         first = chosen[0]
         more: Fields = {}
         if self.ask.chat is not None:
-            more |= first.of_prompt()
+            more |= await first.of_prompt()
         if self.ask.wants_timeline:
             more |= first.timeline_fields()
         return manner.dialect.answer(manner.heading, rendered, self._usage(), more)
@@ -198,15 +212,16 @@ class Choice:
 
     # As events
 
-    def opening(self) -> bytes:
+    async def opening(self) -> bytes:
         """The events before the first token's."""
         more: Fields = {"prompt_token_ids": list(unpack(self.request.prompt))} if self._ask.shows_token_ids else {}
         if self._ask.chat is not None:
             return self._events.opening(more)
         if not self._echoed and not more:
             return b""
-        echoed = self._echoed_tokens()
-        return self._events.token_with(self._echoed, self._manner.logprobs(echoed) if echoed else None, more)
+        echoed = await self._echoed_tokens()
+        logprobs = await self._manner.all_logprobs(echoed) if echoed else None
+        return self._events.token_with(self._echoed, logprobs, more)
 
     def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
         """One event for each token of the text."""
@@ -237,22 +252,22 @@ class Choice:
 
     # As a whole
 
-    def render(self, index: int) -> bytes:
+    async def render(self, index: int) -> bytes:
         """This choice of a whole answer."""
         said = self._said()
-        shown = [*self._echoed_tokens(), *self._shown]
+        logprobs = await self._manner.all_logprobs([*await self._echoed_tokens(), *self._shown])
+        of_prompt = await self.of_prompt() if self._ask.chat is None else {}
         ending = self._settle()
-        if self._ask.chat is None:
-            ending.more.update(self.of_prompt())
+        ending.more.update(of_prompt)
         if self._ask.shows_token_ids:
             ending.more["token_ids"] = self._ids
-        return self._manner.dialect.choice(index, said, self._manner.logprobs(shown), ending)
+        return self._manner.dialect.choice(index, said, logprobs, ending)
 
-    def of_prompt(self) -> Fields:
+    async def of_prompt(self) -> Fields:
         """What was asked to be told of the prompt."""
         more: Fields = {}
         if (tops := self._ask.prompt_logprobs) is not None:
-            more["prompt_logprobs"] = [None, *(self._scored(token, tops) for token in self.prompt_logprobs)]
+            more["prompt_logprobs"] = [None, *await self._all_scored(tops)]
         if self._ask.shows_token_ids:
             more["prompt_token_ids"] = list(unpack(self.request.prompt))
         return more
@@ -369,16 +384,26 @@ class Choice:
             self._logprob += token.logprob or 0.0
             self._chars += len(text)
 
-    def _echoed_tokens(self) -> list[Shown]:
+    async def _echoed_tokens(self) -> list[Shown]:
         """The prompt's tokens with their log probabilities, where they are shown; the first one has none."""
         if not self._echoed or self._ask.logprobs is None:
             return []
         ids, at, shown = unpack(self.request.prompt), 0, []
-        for scored in (Token(ids[0]), *self.prompt_logprobs):
+        for number, scored in enumerate((Token(ids[0]), *self.prompt_logprobs), 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
             token = msgspec.structs.replace(scored, top=scored.top[: self._ask.logprobs])
             shown.append(Shown(token, min(at, len(self._echoed))))
             at += len(self._manner.tokenizer.spell(token.id).decode(errors="replace"))
         return shown
+
+    async def _all_scored(self, tops: int) -> list[msgspec.Raw]:
+        scored = []
+        for number, token in enumerate(self.prompt_logprobs, 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            scored.append(msgspec.Raw(_encode(self._scored(token, tops))))
+        return scored
 
     def _scored(self, token: Token, tops: int) -> Fields:
         """vLLM's form: by token id, the token itself first; ranks count from 1 and are null beyond those asked for."""

@@ -375,12 +375,12 @@ class Frontend:
                     choice.begin(stream.prompt_logprobs)
                     if not exchange.is_started:  # not sooner: what fails before the first token has its own status
                         await exchange.begin()
-                    await exchange.write(choice.opening(), at_s)
+                    await exchange.write(await choice.opening(), at_s)
                 await exchange.write(events, at_s)
 
     async def _respond(self, exchange: Exchange, answer: Answer) -> None:
         await _each(answer, self._collect_choice)
-        await exchange.respond(200, answer.body())
+        await exchange.respond(200, await answer.body())
 
     async def _collect_choice(self, choice: Choice) -> None:
         async with self._backend.generate(choice.request) as stream:

@@ -44,6 +44,7 @@ from tests.serve.fake_backend import (
     frontend,
     get,
     saying,
+    scored_as,
     stuck,
     tokens_of,
 )
@@ -214,6 +215,35 @@ def test_a_prompt_alone_has_no_output_even_if_the_model_would_end_there() -> Non
         assert whole["choices"][0]["finish_reason"] == "length"
 
     play(story, saying("w", finish("stop", stop_token=1)))
+
+
+def test_others_have_their_turn_while_many_log_probabilities_are_written() -> None:
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield [scored_as(70)] * 1000, finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 10_000, CARD.supports)
+        counting = asyncio.create_task(count_turns())
+        for asked in ({"logprobs": 0}, {"prompt_logprobs": 0}):
+            turns_before = turns
+            assert (await complete(app, prompt=[70] * 1000, **asked)).status == 200
+            assert turns - turns_before >= 1000 // 64
+        shown = (await chat(app, logprobs=True)).json["choices"][0]["logprobs"]["content"]
+        assert [one["logprob"] for one in shown] == [-0.7] * 1000
+        (answer,) = (await complete(app, prompt=[70] * 1000, echo=True, logprobs=1)).json["choices"]
+        assert answer["logprobs"]["text_offset"] == list(range(2000))
+        assert answer["logprobs"]["token_logprobs"] == [None] + [-0.7] * 1999
+        counting.cancel()
+
+    play(story, script)
 
 
 def test_prompt_logprobs_in_vllms_form() -> None:
