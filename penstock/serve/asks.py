@@ -29,6 +29,7 @@ STRING_CHARS = 512  # of a stop string, or a bad word
 MOST_CHOICES = 128  # of one request, over all its prompts
 # What keeps a body from holding up everybody else: its values cost more than its bytes.
 MOST_COMMAS = 1 << 20  # of a body, in texts, too: nearly each is a token
+MOST_BRACKETS = 1 << 17  # of a body, opening ones; objects cost most of all
 MOST_MESSAGES = 1 << 12  # of a conversation; so many parts, too, and calls, of all of them
 BAD_CHARS = 1 << 13  # of all bad words
 
@@ -345,6 +346,8 @@ def _refuse_many_parts(messages: Sequence[Mapping[str, object]]) -> None:
 def _load(body: bytes) -> dict[str, object]:
     if body.count(b",") > MOST_COMMAS:
         raise BadRequest(f"the body has more than {MOST_COMMAS} commas, and so more values or tokens; shorten it")
+    if body.count(b"{") + body.count(b"[") > MOST_BRACKETS:
+        raise BadRequest(f"the body has more than {MOST_BRACKETS} opening brackets; shorten it")
     try:
         return msgspec.json.decode(body, type=dict[str, object])
     except msgspec.ValidationError as error:

@@ -191,6 +191,8 @@ def test_what_is_not_implemented_is_refused_by_name(name: str, value: object) ->
         ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * (1 << 19)}}]}, "tools"),
         ({"bad_words": ["x" * 500] * 20}, "bad_words"),
         ({"user": "," * ((1 << 20) + 1)}, None),
+        ({"user": "[" * (1 << 17)}, None),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
