@@ -47,7 +47,7 @@ class Options:
     prefill_token_s: float = 20e-6
     decode_sequence_s: float = 100e-6
     pieces: int = 2  # in how many parts a step's writes are spread over its time
-    most_steps: int = 16  # that one call of `decode` computes
+    most_steps: int = 1  # that one call of `decode` computes; their tokens come together
 
 
 class _Sizes(msgspec.Struct):
