@@ -85,13 +85,19 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         return Sampling(**{**defaults, **self.given, **known})  # type: ignore[arg-type]
 
 
-def output_budget(prompt_tokens: int, asked: int | None, default: int | None, context_tokens: int) -> int:
-    """How many tokens may be generated. Raises PromptTooLong if prompt and answer do not fit the context."""
+def output_budget(
+    prompt_tokens: int, asked: int | None, default: int | None, context_tokens: int, field: str = "prompt"
+) -> int:
+    """How many tokens may be generated. Raises PromptTooLong if prompt and answer do not fit the context.
+
+    `field` is where the prompt was given.
+    """
     room = context_tokens - prompt_tokens
     if room < 1:
         raise PromptTooLong(
             f"the prompt has {prompt_tokens} tokens; this model takes {context_tokens - 1} here, and one for the "
             "answer. Shorten the prompt",
+            field,
         )
     if asked is not None and asked > room:
         raise PromptTooLong(
@@ -259,7 +265,7 @@ def parse_chat(body: bytes) -> Ask:
         raise BadRequest("give max_tokens or max_completion_tokens, not both", "max_tokens")
     if fields.max_tokens == 0:
         raise BadRequest("max_tokens: a chat has at least one token of answer", "max_tokens")
-    if fields.top_logprobs is not None and not fields.logprobs:
+    if fields.top_logprobs and not fields.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens

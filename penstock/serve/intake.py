@@ -12,7 +12,7 @@ from random import Random
 import msgspec
 
 from penstock.cluster import ModelCard
-from penstock.errors import BadRequest, Unsupported
+from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Request, Sampling
 from penstock.serve.asks import Ask, Prompt, output_budget
 from penstock.serve.text import MOST_TOKENS, Tokenizer
@@ -37,18 +37,20 @@ def check_needs(ask: Ask, card: ModelCard) -> None:
 
 
 async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[Sequence[int]]:
-    """Raises BadRequest for prompts without tokens and for tokens that the model does not have.
+    """Raises PromptTooLong, and BadRequest for prompts without tokens and for tokens that the model does not have.
 
     `context_tokens` is what the model takes; what is to be cut down to its last tokens may be longer.
     """
     if ask.takes_last_tokens is not None:
         context_tokens = MOST_TOKENS
-    if ask.chat is not None:
-        name = "messages"
-        prompts: list[Sequence[int]] = [await tokenizer.encode_chat(ask.chat, context_tokens)]
-    else:
-        name = "prompt"
-        prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
+    name = _field_of_prompt(ask)
+    try:
+        if ask.chat is not None:
+            prompts: list[Sequence[int]] = [await tokenizer.encode_chat(ask.chat, context_tokens)]
+        else:
+            prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
+    except PromptTooLong as error:
+        raise PromptTooLong(str(error), name) from None
     if not all(prompts):
         raise BadRequest(f"{name}: it makes no tokens", name)
     return [prompt if ask.takes_last_tokens is None else prompt[-ask.takes_last_tokens :] for prompt in prompts]
@@ -92,7 +94,7 @@ def requests_of(
     requests: list[Request] = []
     asked = ask.max_tokens if ask.max_tokens is None else max(1, ask.max_tokens)  # 0: the prompt alone is told
     for prompt in prompts:
-        budget = output_budget(len(prompt), asked, default_tokens, card.max_context_tokens)
+        budget = output_budget(len(prompt), asked, default_tokens, card.max_context_tokens, _field_of_prompt(ask))
         if (least := like.sampling.min_tokens) > budget:
             raise BadRequest(f"min_tokens = {least} is over the {budget} tokens that may be generated", "min_tokens")
         packed = pack(prompt)
@@ -103,6 +105,10 @@ def requests_of(
             id = f"{like.id}-{len(requests)}" if requests else like.id
             requests.append(msgspec.structs.replace(like, id=id, prompt=packed, sampling=sampling))
     return requests
+
+
+def _field_of_prompt(ask: Ask) -> str:
+    return "prompt" if ask.chat is None else "messages"
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:

@@ -215,7 +215,9 @@ def _spelled(token: int, logprob: float | None, spell: Spell) -> Fields:
 
 
 def _completion_logprobs(shown: Sequence[Shown], spell: Spell) -> Fields:
-    tops = [{_name(other, spell): finite(logprob) for other, logprob in one.token.top} for one in shown]
+    """Among the likeliest of each place is the token itself, however unlikely, as OpenAI has it."""
+    likeliest = [((one.token.id, one.token.logprob), *one.token.top) for one in shown]
+    tops = [{_name(other, spell): finite(logprob) for other, logprob in ranked} for ranked in likeliest]
     return {
         "tokens": [_name(one.token.id, spell) for one in shown],
         "token_logprobs": [finite(one.token.logprob) for one in shown],

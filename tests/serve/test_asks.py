@@ -109,7 +109,7 @@ def test_null_means_not_given() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 1, "echo": False, "best_of": 1},
+        {"n": 1, "echo": False, "best_of": 1, "top_logprobs": 0},
         {"logit_bias": {}, "tools": [], "tool_choice": "none"},
         {"response_format": {"type": "text"}, "guided_json": None},
         {"parallel_tool_calls": True, "service_tier": "auto", "store": False, "metadata": {}},
@@ -408,4 +408,4 @@ def test_what_does_not_fit_is_told_the_numbers(prompt: int, asked: int | None) -
     with pytest.raises(PromptTooLong, match=f"has {prompt} tokens.*(99|100)") as caught:
         output_budget(prompt, asked, None, 100)
     assert caught.value.code == "context_length_exceeded"
-    assert caught.value.param == (None if asked is None or prompt >= 100 else "max_tokens")
+    assert caught.value.param == ("max_tokens" if prompt < 100 else "prompt")

@@ -262,7 +262,7 @@ def test_prompt_logprobs_in_vllms_form() -> None:
         assert (echoed["prompt_logprobs"], echoed["logprobs"]) == (choice["prompt_logprobs"], None)
         (echoed,) = (await complete(app, prompt="fire and", prompt_logprobs=1, echo=True, logprobs=0)).json["choices"]
         assert echoed["prompt_logprobs"] == choice["prompt_logprobs"]
-        assert echoed["logprobs"]["top_logprobs"][1] == {}
+        assert echoed["logprobs"]["top_logprobs"][1] == {name: -prompt[1].id / 100}
         chatted = (await chat(app, prompt_logprobs=1)).json
         assert len(chatted["prompt_logprobs"]) == backend.requests[-1].prompt_tokens
 
@@ -557,9 +557,9 @@ def test_wrong_paths_and_methods(method: str, path: str, status: int) -> None:
         ({"bad_words": ["water " * 100]}, "bad_words[0]", None),
         ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
         ({"max_tokens": 200}, "max_tokens", "context_length_exceeded"),
-        ({"prompt": "water " * 500}, None, "context_length_exceeded"),
-        ({"prompt": list(range(200))}, None, "context_length_exceeded"),
-        ({"prompt": "water " * 100_000}, None, "context_length_exceeded"),
+        ({"prompt": "water " * 500}, "prompt", "context_length_exceeded"),
+        ({"prompt": list(range(200))}, "prompt", "context_length_exceeded"),
+        ({"prompt": "water " * 100_000}, "prompt", "context_length_exceeded"),
         ({"prompt": ""}, "prompt", None),
         ({"prompt": [10_000]}, "prompt", None),
         ({"stop_token_ids": [10_000]}, "stop_token_ids", None),

@@ -126,7 +126,7 @@ def test_completion_logprobs() -> None:
     assert COMPLETIONS.logprobs(shown, PIECES.__getitem__) == {
         "tokens": ["hi", "é"],
         "token_logprobs": [-0.5, -1.0],
-        "top_logprobs": [{"hi": -0.5, "bytes:\\xf0\\x9f": -2.0}, {}],
+        "top_logprobs": [{"hi": -0.5, "bytes:\\xf0\\x9f": -2.0}, {"é": -1.0}],
         "text_offset": [0, 2],
     }
 
