@@ -193,13 +193,11 @@ class Choice:
         self._events = manner.dialect.events(heading, manner.ask.wants_usage, index)
         self._echoed = prompt.echoed
         self._texts: list[str] = []
-        self._ids: list[int] = []  # where they are shown
         self._is_plain = manner.ask.logprobs is None and not manner.ask.shows_token_ids
         self._finish: Finish | None = None
         self._last_s: float | None = None  # when the last tokens came
-        self._shown: list[Shown] = []
+        self._shown: list[Shown] = []  # those that no event told yet
         self._logprob = 0.0  # of all tokens
-        self._told = 0  # of those shown, by events of a parsed answer
         self._chars = len(self._echoed)
 
     @property
@@ -230,7 +228,7 @@ class Choice:
             return self._parsed_events(self._parsed, texts)
         if self._is_plain:
             return b"".join([self._events.token(text) for text in texts])
-        shown = self._shown[len(self._shown) - len(texts) :]
+        shown, self._shown = self._shown, []
         return b"".join([self._event_of(text, one) for text, one in zip(texts, shown, strict=True)])
 
     def closing(self) -> bytes:
@@ -241,7 +239,7 @@ class Choice:
         if self._parsed is not None:
             before = b"".join([self._events.delta(fields, None, {}) for fields in self._parsed.finish(text)])
             text = ""
-            logprobs, untold = self._untold(len(self._shown))
+            logprobs, untold = self._tell(self._shown)
         ending = self._settle()
         ending.more.update(untold)
         more = self.timeline_fields() if self._ask.wants_timeline else {}
@@ -260,7 +258,7 @@ class Choice:
         ending = self._settle()
         ending.more.update(of_prompt)
         if self._ask.shows_token_ids:
-            ending.more["token_ids"] = self._ids
+            ending.more["token_ids"] = [one.token.id for one in self._shown]
         return self._manner.dialect.choice(index, said, logprobs, ending)
 
     async def of_prompt(self) -> Fields:
@@ -345,19 +343,18 @@ class Choice:
     def _parsed_events(self, parsed: Parsed, texts: Sequence[str]) -> bytes:
         """As many events as there is something to show; what is told of tokens comes with the first after them."""
         events = []
-        before = len(self._shown) - len(texts)
-        for number, text in enumerate(texts, 1):
+        for later, text in zip(reversed(range(len(texts))), texts, strict=True):
             for fields in parsed.push(text):
-                events.append(self._events.delta(fields, *self._untold(before + number)))
+                until = max(0, len(self._shown) - later)
+                untold, self._shown = self._shown[:until], self._shown[until:]
+                events.append(self._events.delta(fields, *self._tell(untold)))
         self.is_complete = self.is_complete or parsed.is_complete
         return b"".join(events)
 
-    def _untold(self, end: int) -> tuple[Fields | None, Fields]:
-        """Log probabilities and ids of the tokens up to `end` that no event of a parsed answer had yet."""
-        shown = self._shown[self._told : end]
+    def _tell(self, shown: Sequence[Shown]) -> tuple[Fields | None, Fields]:
+        """Log probabilities and ids of tokens, as an event of a parsed answer has them."""
         if not shown:
             return None, {}
-        self._told = end
         ids: Fields = {"token_ids": [one.token.id for one in shown]} if self._ask.shows_token_ids else {}
         return self._manner.logprobs(shown), ids
 
@@ -379,7 +376,6 @@ class Choice:
 
     def _note(self, tokens: Sequence[Token], texts: Sequence[str]) -> None:
         for token, text in zip(tokens, texts, strict=True):
-            self._ids.append(token.id)
             self._shown.append(Shown(token, self._chars))
             self._logprob += token.logprob or 0.0
             self._chars += len(text)

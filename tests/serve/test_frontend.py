@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from penstock.tokens import unpack
 from tests.serve.fake_backend import (
     CALLER,
     CARD,
+    TOKENIZER,
     Client,
     FakeBackend,
     News,
@@ -377,6 +379,26 @@ def test_a_message_that_is_continued_keeps_the_space_before_its_next_word() -> N
         yield [Token(token) for token in sentencepiece().encode("water").ids], finish()
 
     play(story, script, tokenizer=Tokenizer(sentencepiece(), ChatTemplate(CHAT, {}), "demo"))
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, CALLER], ids=["plain", "parsed"])
+def test_a_stream_keeps_nothing_of_what_it_told(tokenizer: Tokenizer) -> None:
+    references: list[int] = []
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        first = scored_as(tokens_of("</think>")[0].id)
+        yield [first, *tokens_of("/think>a b")], None
+        yield tokens_of("c"), None
+        references.append(sys.getrefcount(first))
+        yield tokens_of("d"), finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        await chat(app, logprobs=True)
+        await chat(app, logprobs=True, stream=True)
+        whole, streamed = references
+        assert streamed < whole
+
+    play(story, script, tokenizer=tokenizer)
 
 
 def test_the_ids_of_all_tokens_are_told_of_a_parsed_stream() -> None:
