@@ -18,6 +18,7 @@ from penstock.serve.asks import Ask, Prompt, output_budget
 from penstock.serve.text import MOST_TOKENS, Tokenizer
 from penstock.tokens import pack
 
+MOST_TOLD = 1 << 21  # ids and log probabilities of prompts, by one answer
 END_TOKENS = 32  # of a prompt, that parsers see
 
 
@@ -91,6 +92,7 @@ def requests_of(
     ask: Ask, prompts: Sequence[Sequence[int]], card: ModelCard, default_tokens: int | None, like: Request
 ) -> list[Request]:
     """One for each choice, prompt by prompt, otherwise like the one given. Raises PromptTooLong, BadRequest."""
+    _refuse_much_told(ask, prompts, like.sampling)
     requests: list[Request] = []
     asked = ask.max_tokens if ask.max_tokens is None else max(1, ask.max_tokens)  # 0: the prompt alone is told
     for prompt in prompts:
@@ -105,6 +107,18 @@ def requests_of(
             id = f"{like.id}-{len(requests)}" if requests else like.id
             requests.append(msgspec.structs.replace(like, id=id, prompt=packed, sampling=sampling))
     return requests
+
+
+def _refuse_much_told(ask: Ask, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Each choice of a plain completion tells of its prompt anew, a chat does so once."""
+    scores = 0 if sampling.prompt_logprobs is None else sampling.prompt_logprobs + 1
+    told = (scores + ask.shows_token_ids + ask.echoes) * ask.n * sum(map(len, prompts))
+    if ask.chat is None and told > MOST_TOLD:
+        raise BadRequest(
+            f"n: so many choices would tell {told} values of their prompts; the most is {MOST_TOLD}. Ask for fewer, or "
+            "leave echo, prompt_logprobs and return_token_ids out",
+            "n",
+        )
 
 
 def _field_of_prompt(ask: Ask) -> str:

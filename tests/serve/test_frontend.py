@@ -612,6 +612,17 @@ def test_a_feature_that_the_engine_lacks_is_refused_by_name() -> None:
     play(story)
 
 
+@pytest.mark.parametrize("wish", [{"prompt_logprobs": 20}, {"echo": True, "logprobs": 20}, {"return_token_ids": True}])
+def test_a_long_prompt_is_not_told_by_many_choices(wish: dict[str, object]) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 20_000, CARD.supports)
+        client = await complete(app, prompt=[70] * 17_000, n=128, **wish)
+        assert (client.status, client.json["error"]["param"]) == (400, "n")
+        assert (await complete(app, prompt=[70] * 17_000, n=2, **wish)).status == 200
+
+    play(story)
+
+
 def test_a_model_without_a_template_has_no_chat() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         app = Frontend(backend, {"demo": Tokenizer(byte_level(), None, "demo")}, app._rng)
