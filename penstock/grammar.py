@@ -25,6 +25,9 @@ MOST_PROPERTIES = 500  # of all objects of a schema: merging them takes time in 
 
 _ASCII = "dw"  # \d and \w mean ASCII in expressions, as they do in schemas
 
+# Else the library looks for bytes that must come next, which never ends for `start: B start` and `B: /a+/`.
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+
 # Between tokens of JSON where a schema does not say it itself (`x-guidance`): a space, or up to two line breaks and an
 # indent. Endless whitespace is where models that are lost in a schema spend the rest of their tokens.
 _WHITESPACE = r" |\n{1,2}[ \t]{0,20}"
@@ -112,7 +115,7 @@ def _grammar_of(guide: Guide) -> str:
         case "choice":
             return LLMatcher.grammar_from_regex("|".join(map(_literally, _choices(guide.text))))
         case "grammar":
-            return LLMatcher.grammar_from_lark(_lark(guide.text))
+            return LLMatcher.grammar_from_lark(_lark(guide.text) + _NO_FORCING)
 
 
 def _refuse_many_properties(schema: str) -> None:

@@ -144,6 +144,17 @@ def test_guides_that_cost_too_much_later_are_bounded_until_then(name: str) -> No
         matcher.consume_token(next(byte for byte in range(256) if mask[byte // 8] >> byte % 8 & 1))
 
 
+@pytest.mark.parametrize("own", ["", '%llguidance {"no_forcing": false}\n'])
+def test_a_grammar_without_end_takes_no_more_than_others(own: str) -> None:
+    """Its next bytes are known for ever. Whoever looked for all of them would hold up a frontend, or an engine."""
+    endless = Guide("grammar", own + "start: B start\nB: /a+/")
+    check(endless, "f")
+    matcher = compile_guide(endless, BYTES)
+    assert matcher.consume_tokens([ord("a")] * 100)
+    matcher.compute_bitmask()
+    assert not matcher.is_error()
+
+
 def test_every_kind_has_a_limit() -> None:
     kinds: tuple[Kind, ...] = ("json_schema", "regex", "choice", "grammar")
     for kind in kinds:
