@@ -28,7 +28,7 @@ from report import Row, emit
 
 from penstock.serve.asks import parse_chat
 from penstock.serve.chat_template import Chat, ChatTemplate, load_template
-from penstock.serve.encoder import Encode, fast_codec, plain_codec
+from penstock.serve.encoder import Codec, fast_codec, plain_codec
 from penstock.serve.intake import encode_prompts
 from penstock.serve.text import Tokenizer
 from penstock.tokens import pack
@@ -50,18 +50,18 @@ Messages = list[dict[str, str]]
 class Texts:
     """What all rows share: a model's tokenizer and template, and words of one token each."""
 
-    codec: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     template: ChatTemplate
     words: Sequence[str]
     pool: ThreadPoolExecutor
 
-    def tokenizer(self, encode: Encode) -> Tokenizer:
+    def fresh(self, codec: Codec) -> Tokenizer:
         """A new one, which remembers nothing."""
 
         def offload(work: Callable[[], T]) -> Awaitable[T]:
             return asyncio.get_running_loop().run_in_executor(self.pool, work)
 
-        return Tokenizer(self.codec, self.template, "bench", encode, offload)
+        return Tokenizer(self.tokenizer, self.template, "bench", codec, offload)
 
     def conversation(self, rng: Random) -> Messages:
         """A system prompt, and turns that end with the user's."""
@@ -78,34 +78,34 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         words = make_model(Path(folder))
-        codec = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         template = load_template(Path(folder))
         assert template is not None
-        rows = list(measure(Texts(codec, template, words, pool), rounds=5 if arguments.quick else 20))
+        rows = list(measure(Texts(tokenizer, template, words, pool), rounds=5 if arguments.quick else 20))
     emit(rows, arguments.json)
 
 
 def measure(texts: Texts, rounds: int) -> Iterator[Row]:
-    for name, encode in {"tokenizers": plain_codec(texts.codec), "fastokens": fast_codec(texts.codec)}.items():
-        if encode is not None:
+    for name, codec in {"tokenizers": plain_codec(texts.tokenizer), "fastokens": fast_codec(texts.tokenizer)}.items():
+        if codec is not None:
             for what, seen in SEEN.items():
-                yield cost(f"{TOKENS:,} tokens, {what}: {name}", texts, encode, seen, rounds)
-            stalls = [asyncio.run(longest_stalls(texts, encode, Random(seed))) for seed in range(rounds)]
+                yield cost(f"{TOKENS:,} tokens, {what}: {name}", texts, codec, seen, rounds)
+            stalls = [asyncio.run(longest_stalls(texts, codec, Random(seed))) for seed in range(rounds)]
             busy, idle = (min(column) * 1e3 for column in zip(*stalls, strict=True))
             name = f"longest stall, {LONG_TOKENS:,} tokens: {name}"
             yield Row(name, busy, "ms", "an idle loop", idle, aim=STALL_MS, aim_is_for_value=True)
 
 
-def cost(name: str, texts: Texts, encode: Encode, seen: int, rounds: int) -> Row:
+def cost(name: str, texts: Texts, codec: Codec, seen: int, rounds: int) -> Row:
     """Of a conversation whose first messages were `seen`."""
-    plain, wholes, values = plain_codec(texts.codec), [], []
+    encode, wholes, values = plain_codec(texts.tokenizer).encode, [], []
     for seed in range(rounds):
         chat = texts.conversation(Random(seed))
-        tokenizer = texts.tokenizer(encode)
+        tokenizer = texts.fresh(codec)
         asyncio.run(tokenizer.encode_chat(Chat(chat[:seen]), MOST_TOKENS))
         values.append(asyncio.run(cpu_s(tokenizer.encode_chat(Chat(chat), MOST_TOKENS))))
         started_s = time.process_time()
-        plain([texts.template.render(Chat(chat))])
+        encode([texts.template.render(Chat(chat))])
         wholes.append(time.process_time() - started_s)
     return Row(name, min(values) * 1e3, "ms of CPU", "tokenizers, whole", min(wholes) * 1e3)
 
@@ -116,11 +116,11 @@ async def cpu_s(work: Awaitable[object]) -> float:
     return time.process_time() - started_s
 
 
-async def longest_stalls(texts: Texts, encode: Encode, rng: Random) -> tuple[float, float]:
+async def longest_stalls(texts: Texts, codec: Codec, rng: Random) -> tuple[float, float]:
     """While a request becomes one for a worker, and while as much time passes; in seconds."""
     content = " ".join(rng.choices(texts.words, k=LONG_TOKENS))
     body = msgspec.json.encode({"model": "bench", "messages": [{"role": "user", "content": content}]})
-    tokenizer = texts.tokenizer(encode)
+    tokenizer = texts.fresh(codec)
     started_s = time.perf_counter()
     working = asyncio.create_task(understand(body, tokenizer))
     busy_s = await longest_stall(working)

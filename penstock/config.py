@@ -160,6 +160,21 @@ class ServiceSettings:
             raise SetupError("--max-queued and --affinity-s cannot be negative")
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerSettings:
+    """How the model's answers are made and read."""
+
+    generation_config: bool = True
+    """Sample as the model's generation_config.json says where a client says nothing."""
+
+    tool_parser: str | None = None
+    """How calls of tools are found in answers: hermes, llama3_json, mistral, ... as docs/tools.md lists them, or none;
+    by default as the model's chat template suggests."""
+
+    reasoning_parser: str | None = None
+    """The same for reasoning: deepseek_r1, qwen3, ... or none."""
+
+
 class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who shares the server. Without a key its requests are those of others that say so in a header."""
 
@@ -253,7 +268,6 @@ class ServeConfig:
     """All that a server on this machine is told. `leases` is the folder of a file discovery, if one is wanted.
 
     `policy` is the name of a routing policy, a file of `penstock/policy/routing`; `topology` a topology file.
-    `generation_config`: whether that of the model's folder says what clients leave out.
     """
 
     model: Model
@@ -265,7 +279,7 @@ class ServeConfig:
     leases: Path | None
     policy: str
     topology: Path | None
-    generation_config: bool
+    answers: AnswerSettings
     service: ServiceSettings
     ask: bool
     log_level: str
@@ -301,7 +315,6 @@ class FrontendConfig:
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
     `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired.
-    `generation_config`: whether that of the model's folder says what clients leave out.
     """
 
     model: Model
@@ -309,7 +322,7 @@ class FrontendConfig:
     leases: Path | None
     policy: str
     topology: Path | None
-    generation_config: bool
+    answers: AnswerSettings
     service: ServiceSettings
 
 

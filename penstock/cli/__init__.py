@@ -30,6 +30,7 @@ from penstock.cli import process, sockets
 from penstock.cli.model import find_model
 from penstock.cluster import Role
 from penstock.config import (
+    AnswerSettings,
     AttachSettings,
     EngineSettings,
     FleetSettings,
@@ -56,6 +57,7 @@ app = App(
 Engine = Annotated[EngineSettings, Parameter(name="*", group="Engine")]
 Kv = Annotated[KvSettings, Parameter(name="*", group="Engine")]
 Fleet = Annotated[FleetSettings, Parameter(name="*", group="Workers")]
+Answers = Annotated[AnswerSettings, Parameter(name="*", group="Answers")]
 Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
@@ -93,7 +95,7 @@ def serve(
     kv: Kv = KvSettings(),
     policy: str = "pairs",
     topology: Path | None = None,
-    generation_config: bool = True,
+    answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
     ask: bool = True,
@@ -114,8 +116,6 @@ def serve(
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
     topology
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
-    generation_config
-        Sample as the model's generation_config.json says where a client says nothing.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
     ask
@@ -140,7 +140,7 @@ def serve(
         leases=leases_folder(discovery),
         policy=policy,
         topology=topology,
-        generation_config=generation_config,
+        answers=answers,
         service=service,
         ask=ask,
         log_level=log_level,
@@ -229,7 +229,7 @@ def frontend(
     listen: Listen = ListenSettings(),
     policy: str = "pairs",
     topology: Path | None = None,
-    generation_config: bool = True,
+    answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
     http_fd: Descriptor = None,
@@ -248,8 +248,6 @@ def frontend(
         How requests are routed: pairs, p_token, round_robin, ... as docs/routing.md lists them.
     topology
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
-    generation_config
-        Sample as the model's generation_config.json says where a client says nothing.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
     log_level
@@ -263,7 +261,7 @@ def frontend(
         leases=leases_folder(discovery),
         policy=policy,
         topology=topology,
-        generation_config=generation_config,
+        answers=answers,
         service=service,
     )
     if http_fd is None or join_fd is None:

@@ -39,7 +39,9 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     leave = process.stop_requested()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the event loop
     rng = clock.chance()
-    tokenizer = load_tokenizer(config.model.folder, config.model.name, process.OneThread("encoding"))
+    answers, folder = config.answers, config.model.folder
+    offload = process.OneThread("encoding")
+    tokenizer = load_tokenizer(folder, config.model.name, offload, answers.tool_parser, answers.reasoning_parser)
     discovery: Discovery = FileDiscovery(config.leases) if config.leases is not None else MemoryDiscovery()
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream, "fd": stream}
@@ -48,7 +50,7 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     endpoint = Endpoint(wires, config.secrets.token, methods)
     tenants = read_tenants(config.service.tenants)
     keys = {name: tenant.key for name, tenant in tenants.items() if tenant.key is not None}
-    defaults = load_defaults(config.model.folder) if config.generation_config else NO_DEFAULTS
+    defaults = load_defaults(folder) if answers.generation_config else NO_DEFAULTS
     options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys, defaults={config.model.name: defaults})
     service, measured = service_options(config.service, tenants), Metrics()
     async with (

@@ -22,7 +22,7 @@ from penstock import plugin
 from penstock.cli import process, sockets
 from penstock.cli.client import Client, Json, NoAnswer
 from penstock.cli.report import Answered, Asked, AskFailed, Ready, Report, Said, Starting, Stopping
-from penstock.config import Model, ServeConfig, ServiceSettings, parse, read_tenants
+from penstock.config import AnswerSettings, Model, ServeConfig, ServiceSettings, parse, read_tenants
 from penstock.launch.api import Job
 from penstock.launch.local import LocalLauncher
 
@@ -75,7 +75,7 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
 def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.socket) -> Job:
     flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
     flags |= service_flags(config.service)
-    flags["generation-config"] = config.generation_config
+    flags |= answer_flags(config.answers)
     if config.topology is not None:
         flags["topology"] = config.topology.resolve()
     if config.leases is not None:
@@ -102,6 +102,13 @@ def service_flags(service: ServiceSettings) -> dict[str, object]:
     if service.tenants is not None:
         flags["tenants"] = service.tenants.resolve()
     return flags
+
+
+def answer_flags(answers: AnswerSettings) -> dict[str, object]:
+    """Those that make a frontend answer as `answers` says."""
+    named = {"tool-parser": answers.tool_parser, "reasoning-parser": answers.reasoning_parser}
+    flags: dict[str, object] = {"generation-config": answers.generation_config}
+    return flags | {name: value for name, value in named.items() if value is not None}
 
 
 def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str]) -> Iterator[Job]:

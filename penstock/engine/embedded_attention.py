@@ -137,8 +137,8 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: Paged,
     scaling: float,
+    paged: Paged | None = None,
     sliding_window: int | None = _FROM_CONFIG,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -148,6 +148,8 @@ def paged_attention(
 
     The arguments are those of `AttentionInterface`, and `paged`, which the engine hands through the model.
     """
+    if paged is None:
+        raise UnsupportedModel(f"{type(module).__name__} is not handed what its model was called with")
     layer = _layer_of(module, others)
     window = _window_of(module, layer) if sliding_window == _FROM_CONFIG else sliding_window
     paged.check_window(module, layer, window)

@@ -20,9 +20,14 @@ from penstock.serve import openai
 from penstock.serve.asks import Ask
 from penstock.serve.decisions import Compared, Decided
 from penstock.serve.detokenizer import Output
+from penstock.serve.intake import Told
 from penstock.serve.openai import Dialect, Ending, Fields, Heading, Shown, Usage
+from penstock.serve.parsed import Parsed
+from penstock.serve.parsers import forced
+from penstock.serve.parsers.api import Turn
 from penstock.serve.stop_strings import StopFinder
 from penstock.serve.text import Tokenizer
+from penstock.serve.tools import call_id
 from penstock.tokens import unpack
 
 
@@ -59,11 +64,26 @@ class Manner:
         """What a token is called among log probabilities."""
         return b"token_id:%d" % token if self.ask.names_tokens_by_id else self.tokenizer.spell(token)
 
-    def output(self) -> Output:
-        """Where the tokens of a choice become text."""
+    def output(self, is_parsed: bool) -> Output:
+        """Where the tokens of a choice become text. Parsers see their markers, though special tokens are no text."""
         ask = self.ask
         stops = StopFinder(ask.stop, ask.includes_stop) if ask.stop else None
-        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens, ask.shows_special)
+        shown = None if ask.shows_special else self.tokenizer.formats.keeps() if is_parsed else ()
+        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens, shown)
+
+    def parsed(self, request: Request, index: int, prompt_end: str) -> Parsed | None:
+        """What reads a chat's answer where it may be more than text."""
+        tools = self.ask.tools
+        turn = Turn(tools.callable_names, prompt_end, tools.is_parallel)
+        if tools.choice.mode == "required":
+            parser = forced.required(turn)
+        elif tools.choice.mode == "named":
+            parser = forced.named(tools.choice.name)
+        elif self.ask.chat is not None and self.tokenizer.formats.may_parse(turn):
+            parser = self.tokenizer.formats.parser(turn)
+        else:
+            return None
+        return Parsed(parser, lambda call: call_id(request.id, index, call), self.ask.shows_reasoning)
 
     def logprobs(self, shown: Sequence[Shown]) -> Fields | None:
         return None if self.ask.logprobs is None else self.dialect.logprobs(shown, self.spell)
@@ -72,13 +92,13 @@ class Manner:
 class Answer:
     """What was asked, and what came of it so far."""
 
-    def __init__(self, manner: Manner, requests: Sequence[Request], echoes: Sequence[str]) -> None:
-        """`requests` prompt by prompt, `best_of` for each; `echoes` are what the answer to each prompt begins with."""
+    def __init__(self, manner: Manner, requests: Sequence[Request], prompts: Sequence[Told]) -> None:
+        """`requests` prompt by prompt, `best_of` for each."""
         self.ask = manner.ask
         self.arrived_s = manner.arrived_s
         self._manner = manner
         self.choices = [
-            Choice(manner, index, request, echoes[index // self.ask.best_of]) for index, request in enumerate(requests)
+            Choice(manner, index, request, prompts[index // self.ask.best_of]) for index, request in enumerate(requests)
         ]
 
     @property
@@ -101,7 +121,7 @@ class Answer:
         rendered = [choice.render(index) for index, choice in enumerate(chosen)]
         first = chosen[0]
         more: Fields = {}
-        if self.ask.messages is not None:
+        if self.ask.chat is not None:
             more |= first.of_prompt()
         if self.ask.wants_timeline:
             more |= first.timeline_fields()
@@ -138,7 +158,7 @@ class Answer:
 class Choice:
     """One output of an answer."""
 
-    def __init__(self, manner: Manner, index: int, request: Request, echoed: str) -> None:
+    def __init__(self, manner: Manner, index: int, request: Request, prompt: Told) -> None:
         heading = manner.heading
         self.index = index
         self.request = request
@@ -149,9 +169,10 @@ class Choice:
         self.prompt_logprobs: Sequence[Token] = ()
         self._manner = manner
         self._ask = manner.ask
-        self._output = manner.output()
+        self._parsed = manner.parsed(request, index, prompt.end)
+        self._output = manner.output(is_parsed=self._parsed is not None)
         self._events = manner.dialect.events(heading, manner.ask.wants_usage, index)
-        self._echoed = echoed
+        self._echoed = prompt.echoed
         self._texts: list[str] = []
         self._ids: list[int] = []  # where they are shown
         self._is_plain = manner.ask.logprobs is None and not manner.ask.shows_token_ids
@@ -159,6 +180,7 @@ class Choice:
         self._last_s: float | None = None  # when the last tokens came
         self._shown: list[Shown] = []
         self._logprob = 0.0  # of all tokens
+        self._told = 0  # of those shown, as events of a parsed answer
         self._chars = len(self._echoed)
 
     @property
@@ -181,17 +203,22 @@ class Choice:
     def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
         """One event for each token of the text."""
         texts = self._take(tokens, finish, at_s)
+        if self._parsed is not None:
+            return self._parsed_events(self._parsed, texts)
         if self._is_plain:
             return b"".join([self._events.token(text) for text in texts])
         shown = self._shown[len(self._shown) - len(texts) :]
         return b"".join([self._event_of(text, one) for text, one in zip(texts, shown, strict=True)])
 
     def closing(self) -> bytes:
-        """The last event of this choice."""
-        text = self._output.finish()
+        """The last events of this choice."""
+        text, before = self._output.finish(), b""
+        if self._parsed is not None:
+            before = b"".join(map(self._events.delta, self._parsed.finish(text)))
+            text = ""
         ending = self._settle()
         more = self.timeline_fields() if self._ask.wants_timeline else {}
-        return self._events.finish(text, ending, more)
+        return before + self._events.finish(text, ending, more)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._events.usage(usage)
@@ -200,15 +227,14 @@ class Choice:
 
     def render(self, index: int) -> bytes:
         """This choice of a whole answer."""
-        text = self._echoed + "".join(self._texts) + self._output.finish()
+        said = self._said()
         shown = [*self._echoed_tokens(), *self._shown] if self._echoed and self.prompt_logprobs else self._shown
         ending = self._settle()
-        if self._ask.messages is None:
+        if self._ask.chat is None:
             ending.more.update(self.of_prompt())
         if self._ask.shows_token_ids:
             ending.more["token_ids"] = self._ids
-        dialect = self._manner.dialect
-        return dialect.choice(index, dialect.said(text), self._manner.logprobs(shown), ending)
+        return self._manner.dialect.choice(index, said, self._manner.logprobs(shown), ending)
 
     def of_prompt(self) -> Fields:
         """What was asked to be told of the prompt."""
@@ -231,7 +257,13 @@ class Choice:
 
     def collect(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> None:
         """Keeps what these tokens add, until `render`."""
-        self._texts += self._take(tokens, finish, at_s)
+        texts = self._take(tokens, finish, at_s)
+        if self._parsed is None:
+            self._texts += texts
+            return
+        for text in texts:
+            self._parsed.keep(text)
+        self.is_complete = self.is_complete or self._parsed.is_complete
 
     def _take(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> list[str]:
         """What each of these tokens adds to the text, up to a stop string. A token that ended the answer is no text."""
@@ -271,6 +303,24 @@ class Choice:
         self.record.state = "cancelled"
         self.record.error = str(why)
         self.record.timeline = self._timeline()
+
+    def _said(self) -> bytes:
+        rest = self._output.finish()
+        if self._parsed is not None:
+            return openai.chat_message(self._parsed.message(rest))
+        return self._manner.dialect.said(self._echoed + "".join(self._texts) + rest)
+
+    def _parsed_events(self, parsed: Parsed, texts: Sequence[str]) -> bytes:
+        """As many events as there is something to show; log probabilities come with the first after their token."""
+        events = []
+        untold = len(self._shown) - len(texts)
+        for number, text in enumerate(texts, 1):
+            for fields in parsed.push(text):
+                shown = self._shown[self._told : untold + number]
+                events.append(self._events.delta(fields, self._manner.logprobs(shown)))
+                self._told += len(shown)
+        self.is_complete = self.is_complete or parsed.is_complete
+        return b"".join(events)
 
     def _event_of(self, text: str, shown: Shown) -> bytes:
         more: Fields = {"token_ids": [shown.token.id]} if self._ask.shows_token_ids else {}
@@ -319,7 +369,9 @@ class Choice:
     def _settle(self) -> Ending:
         """The choice is complete: what is to be said and kept of it."""
         finish, timeline = self._finish, self._timeline()
-        reason = "stop" if finish is None or self._output.stopped_by else finish.reason
+        reason: str = "stop" if finish is None or self._output.stopped_by else finish.reason
+        if reason == "stop" and self._parsed is not None and self._parsed.has_calls:
+            reason = "tool_calls"
         self.record.state = "finished"
         self.record.finish_reason = reason
         self.record.timeline = timeline

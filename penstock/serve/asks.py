@@ -9,14 +9,16 @@ that are not implemented here, wrong types and values out of range alike. docs/a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Sampling
-from penstock.serve.chat_template import Message
+from penstock.serve.chat_template import Chat, Message
+from penstock.serve.fields import convert, join
+from penstock.serve.tools import Tools, for_template, parse_tools
 
 T = TypeVar("T")
 
@@ -38,7 +40,9 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     prompts: tuple[Prompt, ...] = ()  # texts or token ids; none: a chat
-    messages: list[Message] | None = None
+    chat: Chat | None = None
+    tools: Tools = Tools()
+    shows_reasoning: bool = True
     max_tokens: int | None = None
     given: dict[str, object] = {}
     seed: int | None = None
@@ -148,6 +152,15 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ChatBody(Body):
     messages: Annotated[list[dict[str, object]], Meta(min_length=1)]
     max_completion_tokens: _Count | None = None
+    tools: list[object] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    documents: list[dict[str, object]] | None = None
     logprobs: bool | None = None
     top_logprobs: _Tops | None = None
 
@@ -162,8 +175,12 @@ class CompletionBody(Body):
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
     role: str
-    content: str | list[dict[str, object]]
+    content: str | list[dict[str, object]] | None = None
     name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, object]] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -179,12 +196,9 @@ IDLE_FIELDS: Idle = {
     "functions": ([],),
     "length_penalty": (1,),
     "metadata": ({},),
-    "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
 }
 IDLE_IN_CHATS: Idle = {
@@ -194,7 +208,6 @@ IDLE_IN_CHATS: Idle = {
     "echo": (False,),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": (),
     "suffix": ("",),
     "verbosity": (),
     "web_search_options": (),
@@ -206,10 +219,8 @@ IDLE_IN_MESSAGES: Idle = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 # From bytes to an Ask.
@@ -217,7 +228,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 def parse_chat(body: bytes) -> Ask:
     """Of POST /v1/chat/completions. Raises BadRequest or Unsupported."""
-    fields = _convert(_supported(_load(body), IDLE_IN_CHATS), ChatBody)
+    fields = convert(_supported(_load(body), IDLE_IN_CHATS), ChatBody, "")
     if fields.max_tokens is not None and fields.max_completion_tokens is not None:
         raise BadRequest("give max_tokens or max_completion_tokens, not both", "max_tokens")
     if fields.max_tokens == 0:
@@ -226,12 +237,19 @@ def parse_chat(body: bytes) -> Ask:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens
-    return msgspec.structs.replace(ask, messages=parse_messages(fields.messages), max_tokens=max_tokens)
+    tools = parse_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    return msgspec.structs.replace(
+        ask,
+        chat=_parse_conversation(fields, tools),
+        tools=tools,
+        shows_reasoning=fields.include_reasoning is not False,
+        max_tokens=max_tokens,
+    )
 
 
 def parse_completion(body: bytes) -> Ask:
     """Of POST /v1/completions. Raises BadRequest or Unsupported."""
-    fields = _convert(_supported(_load(body), IDLE_IN_COMPLETIONS), CompletionBody)
+    fields = convert(_supported(_load(body), IDLE_IN_COMPLETIONS), CompletionBody, "")
     prompts, n = _parse_prompts(fields.prompt), fields.n or 1
     best_of = fields.best_of or n
     if best_of < n:
@@ -258,7 +276,24 @@ def parse_completion(body: bytes) -> Ask:
 
 def read_body(body: bytes, shape: type[T]) -> T:
     """Raises BadRequest for what is not of this shape."""
-    return _convert(_load(body), shape)
+    return convert(_load(body), shape, "")
+
+
+def _parse_conversation(fields: ChatBody, tools: Tools) -> Chat:
+    effort = {} if fields.reasoning_effort is None else {"reasoning_effort": fields.reasoning_effort}
+    if fields.add_generation_prompt and fields.continue_final_message:
+        raise BadRequest(
+            "continue_final_message goes on with the last message: leave add_generation_prompt out",
+            "continue_final_message",
+        )
+    return Chat(
+        parse_messages(fields.messages),
+        tools=[tool.for_template() for tool in tools.offered] if tools.choice.mode != "none" else (),
+        documents=fields.documents or (),
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        continue_final_message=bool(fields.continue_final_message),
+        template_kwargs=effort | (fields.chat_template_kwargs or {}),
+    )
 
 
 def parse_messages(messages: Sequence[dict[str, object]]) -> list[Message]:
@@ -280,7 +315,7 @@ def _supported(fields: dict[str, object], idle: Idle, where: str = "") -> dict[s
     for name in [name for name in fields if name in idle]:
         value = fields.pop(name)
         if value is not None and not _is_among(value, idle[name]):
-            path = _join(where, name)
+            path = join(where, name)
             raise Unsupported(_refusal(path, value, idle[name]), path)
     return fields
 
@@ -296,52 +331,30 @@ def _refusal(field: str, value: object, harmless: Sequence[object]) -> str:
     return f"{field} = {shown} is not supported by this server; leave it out, or send null{instead}"
 
 
-def _convert(value: object, shape: type[T], where: str = "") -> T:
-    try:
-        return msgspec.convert(value, shape)
-    except msgspec.ValidationError as error:
-        raise _translate(str(error), where) from None
-
-
-_UNKNOWN, _MISSING = "Object contains unknown field `", "Object missing required field `"
-
-
-def _translate(problem: str, where: str) -> BadRequest:
-    """From msgspec's message, such as "Expected `int`, got `str` - at `$.stop[0]`"."""
-    what, found, at = problem.rpartition(" - at `$")
-    if not found:
-        what, at = problem, ""
-    path = _join(where, at.removesuffix("`").removeprefix("."))
-    for start, meaning in ((_UNKNOWN, "there is no such field"), (_MISSING, "this field is required")):
-        if what.startswith(start):
-            path, what = _join(path, what.removeprefix(start).removesuffix("`")), meaning
-    path = path[:200]  # a client may have sent any name
-    return BadRequest(f"{path}: {what}", path or None)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name and not name.startswith("[") else path + name
-
-
 def _parse_message(raw: dict[str, object], where: str) -> Message:
-    message = _convert(_supported(raw, IDLE_IN_MESSAGES, where), _Message, where)
+    message = convert(_supported(raw, IDLE_IN_MESSAGES, where), _Message, where)
     role = _ROLES.get(message.role)
     if role is None:
         raise Unsupported(
             f"{where}.role = {message.role[:40]!r}; this server takes {', '.join(_ROLES)}", f"{where}.role"
         )
+    if message.content is None and not message.tool_calls:
+        raise BadRequest(f"{where}.content: this field is required", f"{where}.content")
     content = message.content
-    if not isinstance(content, str):
-        parts = [_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
-        content = "\n".join(parts)
-    return {"role": role, "content": content} | ({"name": message.name} if message.name else {})
+    if isinstance(content, list):
+        content = "\n".join([_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)])
+    told = {
+        **{"role": role, "content": content or "", "name": message.name, "tool_calls": message.tool_calls},
+        **{"tool_call_id": message.tool_call_id, "reasoning_content": message.reasoning_content or message.reasoning},
+    }
+    return for_template({name: value for name, value in told.items() if value is not None}, where)
 
 
 def _parse_part(raw: dict[str, object], where: str) -> str:
     kind = raw.get("type", "text")
     if isinstance(kind, str) and kind != "text":
         raise Unsupported(f"{where}.type = {kind[:40]!r}; this server takes text only", f"{where}.type")
-    return _convert(raw, _TextPart, where).text
+    return convert(raw, _TextPart, where).text
 
 
 def _parse_prompts(prompt: str | list[object]) -> tuple[Prompt, ...]:
@@ -350,10 +363,10 @@ def _parse_prompts(prompt: str | list[object]) -> tuple[Prompt, ...]:
         return (prompt,)
     first = prompt[0]
     if isinstance(first, str):
-        return tuple(_convert(prompt, list[Annotated[str, Meta(min_length=1)]], "prompt"))
+        return tuple(convert(prompt, list[Annotated[str, Meta(min_length=1)]], "prompt"))
     if isinstance(first, list):
-        return tuple(_convert(prompt, list[Annotated[list[_TokenId], Meta(min_length=1)]], "prompt"))
-    return (_convert(prompt, list[_TokenId], "prompt"),)
+        return tuple(convert(prompt, list[Annotated[list[_TokenId], Meta(min_length=1)]], "prompt"))
+    return (convert(prompt, list[_TokenId], "prompt"),)
 
 
 def _ask(fields: Body, logprobs: int | None) -> Ask:

@@ -49,6 +49,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
         """`special_tokens` are what templates know as `bos_token` and the like. Raises SetupError for bad syntax."""
+        self.source = source + (tool_source or "")
         environment = _environment()
         self._special_tokens = special_tokens
         self._template = _compile(environment, source)
@@ -217,14 +218,15 @@ def load_template(folder: Path) -> ChatTemplate | None:
     A chat_template.jinja of its own wins over tokenizer_config.json. Of several, `default` is for conversations
     without tools and `tool_use` for those with.
     """
-    config = _load_config(folder / "special_tokens_map.json") | _load_config(folder / "tokenizer_config.json")
+    config = load_json(folder / "special_tokens_map.json") | load_json(folder / "tokenizer_config.json")
     named = _named_sources(config.get("chat_template")) | _files(folder)
     if "default" not in named:
         return None
     return ChatTemplate(named["default"], _special_tokens(config), named.get("tool_use"))
 
 
-def _load_config(path: Path) -> dict[str, object]:
+def load_json(path: Path) -> dict[str, object]:
+    """Of a model folder; empty where there is no such file. Raises UnreadableModel."""
     if not path.is_file():
         return {}
     try:

@@ -12,6 +12,7 @@ import logging
 from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from random import Random
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
@@ -27,14 +28,21 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-INLINE_CHARS = 1 << 13  # a text with more to encode goes to a thread; 2 ms with the slower of the two codecs
 GROUP_CHARS = 1 << 14  # are encoded at a time
 LONG_CHARS_PER_TOKEN = 4  # a piece with more for each token it may have is first measured in parts
 CUT_TOKENS = 16  # by how much cutting a text in two anywhere can change its number of tokens, generously
 CACHE_BYTES = 64 << 20
 ENTRY_BYTES = 300  # of a remembered piece beside its text and its tokens
 
-Encode: TypeAlias = Callable[[Sequence[str]], list[Tokens]]  # no special tokens around them; from any thread
+Encode: TypeAlias = Callable[[Sequence[str]], list[Tokens]]
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Makes tokens of texts, without special ones around them, in any thread."""
+
+    encode: Encode
+    inline_chars: int  # that take no more than 2 ms
 
 
 class Offload(Protocol):
@@ -47,10 +55,10 @@ class Encoder:
     """Encodes for one model. Owns what it remembers: at most `cache_bytes`, the pieces that were used last."""
 
     def __init__(
-        self, encode: Encode, cutter: Cutter, offload: Offload | None = None, cache_bytes: int = CACHE_BYTES
+        self, codec: Codec, cutter: Cutter, offload: Offload | None = None, cache_bytes: int = CACHE_BYTES
     ) -> None:
         """Without `offload` everything is encoded on the loop, as it must be in virtual time."""
-        self._encode = encode
+        self._codec = codec
         self._cutter = cutter
         self._offload = offload
         self._memory = _Memory(cache_bytes)
@@ -68,10 +76,11 @@ class Encoder:
         return whole
 
     async def _encode_new(self, pieces: Sequence[str], at_most: int) -> list[Tokens]:
-        if self._offload is None or sum(map(len, pieces)) <= INLINE_CHARS:
-            encoded = encode_within(self._encode, pieces, at_most)
+        encode = self._codec.encode
+        if self._offload is None or sum(map(len, pieces)) <= self._codec.inline_chars:
+            encoded = encode_within(encode, pieces, at_most)
         else:
-            encoded = await self._offload(lambda: encode_within(self._encode, pieces, at_most))
+            encoded = await self._offload(lambda: encode_within(encode, pieces, at_most))
         for piece, tokens in zip(pieces, encoded, strict=True):
             self._memory.keep(piece, tokens)
         return encoded
@@ -153,17 +162,17 @@ def _too_long(at_most: int) -> PromptTooLong:
 # Codecs.
 
 
-def plain_codec(codec: tokenizers.Tokenizer) -> Encode:
+def plain_codec(tokenizer: tokenizers.Tokenizer) -> Codec:
     """The tokenizers library's."""
 
     def encode(texts: Sequence[str]) -> list[Tokens]:
         """As a batch, because only batches can leave out offsets into the text: a third of the time."""
-        return [array("I", one.ids) for one in codec.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [array("I", one.ids) for one in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    return encode
+    return Codec(encode, inline_chars=1 << 13)
 
 
-def fast_codec(codec: tokenizers.Tokenizer) -> Encode | None:
+def fast_codec(tokenizer: tokenizers.Tokenizer) -> Codec | None:
     """The fastokens library's, ten times as quick; None where it is not installed or makes other tokens of anything.
 
     It is compared on texts made up from this tokenizer's own words, special tokens and what tends to differ.
@@ -173,7 +182,7 @@ def fast_codec(codec: tokenizers.Tokenizer) -> Encode | None:
     except ImportError:
         return None
     try:
-        quick = fastokens.Tokenizer.from_json_str(codec.to_str())
+        quick = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
     except ValueError as error:
         log.info("fastokens does not read this tokenizer, so tokenizers encodes: %s", error)
         return None
@@ -181,10 +190,10 @@ def fast_codec(codec: tokenizers.Tokenizer) -> Encode | None:
     def encode(texts: Sequence[str]) -> list[Tokens]:
         return [unpack(quick.encode_batch_flat([text])[0]) for text in texts]
 
-    if (text := find_difference(plain_codec(codec), encode, samples(codec))) is not None:
+    if (text := find_difference(plain_codec(tokenizer).encode, encode, samples(tokenizer))) is not None:
         log.info("fastokens makes other tokens of %r, so tokenizers encodes", text)
         return None
-    return encode
+    return Codec(encode, inline_chars=1 << 16)
 
 
 SAMPLES = 400
@@ -214,11 +223,11 @@ ODD_PARTS = (
 )
 
 
-def samples(codec: tokenizers.Tokenizer) -> list[str]:
-    """Texts on which tokenizers tend to differ; always the same for one codec."""
+def samples(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """Texts on which libraries tend to differ; always the same for one tokenizer."""
     rng = Random(0)
-    added = [token.content for token in codec.get_added_tokens_decoder().values()][:100]
-    words = [word for word in sorted(codec.get_vocab()) if word.isascii()]
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()][:100]
+    words = [word for word in sorted(tokenizer.get_vocab()) if word.isascii()]
     words = rng.sample(words, min(500, len(words)))
     texts = []
     for _ in range(SAMPLES):

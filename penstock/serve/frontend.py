@@ -50,7 +50,7 @@ from penstock.serve.answer import Answer, Choice, Manner, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.generation_config import NO_DEFAULTS, Defaults
 from penstock.serve.http import Exchange, Receive, Scope, Send
-from penstock.serve.intake import check_needs, echoes_of, encode_prompts, requests_of, sampling_of
+from penstock.serve.intake import check_needs, encode_prompts, requests_of, sampling_of, told_of
 from penstock.serve.keys import Keys
 from penstock.serve.openai import Dialect, Heading
 from penstock.serve.pulse import Pulse
@@ -303,7 +303,7 @@ class Frontend:
         requests = requests_of(ask, prompts, card, dialect.default_tokens or defaults.max_new_tokens, like)
         heading = Heading(dialect.id_prefix + exchange.id, int(wall_s()), ask.model)
         manner = Manner(ask, dialect, heading, tokenizer, self.metrics.model(ask.model), arrived_s)
-        answer = Answer(manner, requests, await echoes_of(ask, prompts, tokenizer))
+        answer = Answer(manner, requests, await told_of(ask, prompts, tokenizer))
         self._remember(exchange.name, answer)
         return answer
 

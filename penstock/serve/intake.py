@@ -6,6 +6,7 @@ Everything that can be refused without asking a worker is refused here. Used by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 import msgspec
@@ -14,9 +15,18 @@ from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, Unsupported
 from penstock.request import Request, Sampling
 from penstock.serve.asks import Ask, Prompt, output_budget
-from penstock.serve.chat_template import Chat
 from penstock.serve.text import Tokenizer
 from penstock.tokens import pack
+
+END_TOKENS = 32  # of a prompt, that parsers see
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A prompt, as its answer knows it."""
+
+    echoed: str = ""  # what the answer begins with
+    end: str = ""  # of a chat's: templates may open what the answer closes
 
 
 def check_needs(ask: Ask, card: ModelCard) -> None:
@@ -28,9 +38,9 @@ def check_needs(ask: Ask, card: ModelCard) -> None:
 
 async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[Sequence[int]]:
     """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
-    if ask.messages is not None:
+    if ask.chat is not None:
         name = "messages"
-        prompts: list[Sequence[int]] = [await tokenizer.encode_chat(Chat(ask.messages), context_tokens)]
+        prompts: list[Sequence[int]] = [await tokenizer.encode_chat(ask.chat, context_tokens)]
     else:
         name = "prompt"
         prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
@@ -46,12 +56,14 @@ async def _encode(prompt: Prompt, ask: Ask, tokenizer: Tokenizer, context_tokens
     return prompt
 
 
-async def echoes_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
-    """What the answer to each prompt begins with, where asked for: the prompt as it was given, or what is left."""
+async def told_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[Told]:
+    """What an answer must know of its prompts, one by one."""
+    if ask.chat is not None:
+        return [Told(end=await tokenizer.decode(prompt[-END_TOKENS:])) for prompt in prompts]
     if not ask.echoes:
-        return [""] * len(prompts)
+        return [Told()] * len(prompts)
     return [
-        given if isinstance(given, str) and ask.takes_last_tokens is None else await tokenizer.decode(prompt)
+        Told(given if isinstance(given, str) and ask.takes_last_tokens is None else await tokenizer.decode(prompt))
         for given, prompt in zip(ask.prompts, prompts, strict=True)
     ]
 

@@ -53,7 +53,7 @@ class Parsed:
         self._deltas += deltas
 
     def _shown(self, deltas: Deltas) -> list[Fields]:
-        shown = []
+        shown: list[Fields] = []
         for delta in deltas:
             match delta:
                 case Content(text):

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import BadRequest, UnreadableModel
-from penstock.serve.chat_template import Chat, ChatTemplate, load_template
+from penstock.serve.chat_template import Chat, ChatTemplate, load_json, load_template
 from penstock.serve.detokenizer import Detokenizer, Output, Pieces, keep, spelling_of
-from penstock.serve.encoder import Encode, Encoder, Offload, fast_codec, plain_codec
+from penstock.serve.encoder import Codec, Encoder, Offload, fast_codec, plain_codec
+from penstock.serve.parsers.choice import PLAIN, Formats, pick
 from penstock.serve.pieces import cutter_of
 from penstock.serve.stop_strings import StopFinder
 from penstock.tokens import Tokens
@@ -31,31 +32,32 @@ class Tokenizer:
 
     def __init__(
         self,
-        codec: tokenizers.Tokenizer,
+        tokenizer: tokenizers.Tokenizer,
         template: ChatTemplate | None,
         model: str,
-        encode: Encode | None = None,
+        codec: Codec | None = None,
         offload: Offload | None = None,
+        formats: Formats = PLAIN,
     ) -> None:
-        """`model` is its name in errors; `encode` does what `codec` would; what is long goes through `offload`.
+        """`model` is its name in errors; `codec` makes the same tokens, perhaps sooner; long work goes to `offload`.
 
-        Raises UnsupportedModel if its output cannot be streamed.
+        `formats` says how answers are read. Raises UnsupportedModel if its output cannot be streamed.
         """
-        self._codec = codec
+        self.formats = formats
+        self._tokenizer = tokenizer
         self._template = template
         self._model = model
-        self._encode = encode or plain_codec(codec)
-        self._encoder = Encoder(self._encode, cutter_of(codec), offload)
+        self._codec = codec or plain_codec(tokenizer)
+        self._encoder = Encoder(self._codec, cutter_of(tokenizer), offload)
         self._offload = offload
-        self._before, self._after = _tokens_around(codec)
-        self._spelling = spelling_of(codec, model)
-        special = {i for i, token in codec.get_added_tokens_decoder().items() if token.special}
-        self._texts = Pieces(lambda token: b"" if token in special else self.spell(token))
-        self._texts_with_special = Pieces(self.spell)
+        self._before, self._after = _tokens_around(tokenizer)
+        self._spelling = spelling_of(tokenizer, model)
+        self._special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._texts: dict[tuple[str, ...] | None, Pieces] = {}  # by the special tokens that are text
 
     @property
     def vocab_size(self) -> int:
-        return self._codec.get_vocab_size(with_added_tokens=True)
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     async def encode_text(self, text: str, at_most: int, add_special_tokens: bool = True) -> Tokens:
         """Tokens of a text; those that the model wants around every text (a `<s>` at the start, say) if not told else.
@@ -78,7 +80,7 @@ class Tokenizer:
 
     def encode_text_nowait(self, text: str, add_special_tokens: bool = True) -> Tokens:
         """For short texts: encodes on the loop, and remembers nothing."""
-        (tokens,) = self._encode([text])
+        (tokens,) = self._codec.encode([text])
         return self._before + tokens + self._after if add_special_tokens else tokens
 
     async def decode(self, tokens: Sequence[int]) -> str:
@@ -89,15 +91,15 @@ class Tokenizer:
 
     def decode_nowait(self, tokens: Sequence[int]) -> str:
         """For few tokens."""
-        return self._codec.decode(list(tokens), skip_special_tokens=False)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def name(self, token: int) -> str:
         """What the tokenizer's files call a token; empty for ids that it does not know."""
-        return self._codec.id_to_token(token) or ""
+        return self._tokenizer.id_to_token(token) or ""
 
     def spell(self, token: int) -> bytes:
         """The bytes of one token, special tokens included; empty for ids that the tokenizer does not know."""
-        piece = self._codec.id_to_token(token)
+        piece = self._tokenizer.id_to_token(token)
         return b"" if piece is None else self._spelling.spell(piece)
 
     def output(
@@ -105,20 +107,34 @@ class Tokenizer:
         stops: StopFinder | None = None,
         is_continuation: bool = False,
         min_tokens: int = 0,
-        shows_special: bool = False,
+        shown: tuple[str, ...] | None = (),
     ) -> Output:
         """Where one answer's tokens become text. A continuation keeps the space before its first word.
 
-        Stop strings are looked for after `min_tokens` tokens. Special tokens are text only where they are to be shown.
+        Stop strings are looked for after `min_tokens` tokens. Of special tokens those in `shown` are text;
+        None: all of them.
         """
         start = keep if is_continuation else self._spelling.start
-        texts = self._texts_with_special if shows_special else self._texts
-        return Output(Detokenizer(texts, start), stops, min_tokens)
+        return Output(Detokenizer(self._pieces(shown), start), stops, min_tokens)
+
+    def _pieces(self, shown: tuple[str, ...] | None) -> Pieces:
+        """What each token adds to a text in which these special tokens are shown."""
+        if shown not in self._texts:
+            hidden = {i for i, name in self._special.items() if shown is not None and name not in shown}
+            self._texts[shown] = Pieces(lambda token: b"" if token in hidden else self.spell(token))
+        return self._texts[shown]
 
 
-def load_tokenizer(folder: Path, model: str, offload: Offload | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: Path,
+    model: str,
+    offload: Offload | None = None,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
+) -> Tokenizer:
     """Reads tokenizer.json, tokenizer_config.json and the chat template of a Hugging Face model folder.
 
+    `tool_parser` and `reasoning_parser` name how answers are read; None: as the model's kind and template suggest.
     Encodes with fastokens where that is installed and equal, and long texts through `offload` where there is one.
     Raises UnreadableModel or UnsupportedModel.
     """
@@ -131,19 +147,25 @@ def load_tokenizer(folder: Path, model: str, offload: Offload | None = None) -> 
             ".save_pretrained(...)"
         )
     try:
-        codec = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise UnreadableModel(f"{path} is no tokenizer that this release can read: {error}") from error
-    codec.no_truncation()
-    codec.no_padding()
-    return Tokenizer(codec, load_template(folder), model, fast_codec(codec), offload)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    template = load_template(folder)
+    formats = pick(_model_type(folder), "" if template is None else template.source, tool_parser, reasoning_parser)
+    return Tokenizer(tokenizer, template, model, fast_codec(tokenizer), offload, formats)
 
 
-def _tokens_around(codec: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:
+def _model_type(folder: Path) -> str:
+    return str(load_json(folder / "config.json").get("model_type", ""))
+
+
+def _tokens_around(tokenizer: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:
     """The special tokens before and after every text, by the post-processor that tokenizer.json names."""
     before: Tokens = array("I")
     after: Tokens = array("I")
-    step = json.loads(codec.to_str())["post_processor"]
+    step = json.loads(tokenizer.to_str())["post_processor"]
     for one in step["processors"] if step is not None and step["type"] == "Sequence" else [step]:
         inner, outer = _put_around(one)
         before, after = inner + before, after + outer

@@ -213,42 +213,27 @@ class _PastCall(msgspec.Struct):
 
 
 def for_template(message: Mapping[str, object], where: str) -> dict[str, object]:
-    """A message as chat templates take it: calls have their arguments as objects, not as JSON in a string.
+    """A message with its calls checked and complete, as `chat_template` takes it; `where` is its path in the request.
 
-    `where` is its path in the request. Raises BadRequest for calls that are none, for calls that no assistant made,
-    and for a tool's answer that does not say to which call.
+    Arguments stay as they were sent, JSON or not: a client sends back what a model wrote. Raises BadRequest for calls
+    that are none, for calls that no assistant made, and for a tool's answer that does not say to which call.
     """
-    found = dict(message)
-    role = message.get("role")
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+    if message.get("role") == "tool" and not isinstance(message.get("tool_call_id"), str):
         path = f"{where}.tool_call_id"
         raise BadRequest(f"{path}: the answer of a tool needs the id of the call that it answers", path)
-    calls = found.pop("tool_calls", None)
-    if calls:
-        path = f"{where}.tool_calls"
-        if role != "assistant":
-            raise BadRequest(f"{path}: only the assistant calls tools", path)
-        past = convert(calls, list[_PastCall], path)
-        found["tool_calls"] = [_past_call(call, f"{path}[{i}]") for i, call in enumerate(past)]
-    if found.get("content") is None:
-        found["content"] = ""
-    return found
+    found = {name: value for name, value in message.items() if name != "tool_calls"}
+    if not message.get("tool_calls"):
+        return found
+    path = f"{where}.tool_calls"
+    if message.get("role") != "assistant":
+        raise BadRequest(f"{path}: only the assistant calls tools", path)
+    calls = [_past_call(call) for call in convert(message["tool_calls"], list[_PastCall], path)]
+    return found | {"content": message.get("content") or "", "tool_calls": calls}
 
 
-def _past_call(call: _PastCall, where: str) -> dict[str, object]:
-    arguments = _past_arguments(call.function.arguments, f"{where}.function.arguments")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def _past_arguments(arguments: str | dict[str, object] | None, path: str) -> dict[str, object]:
-    if not isinstance(arguments, str):
-        return arguments or {}
-    if not arguments.strip():
-        return {}
-    try:
-        return msgspec.json.decode(arguments, type=dict[str, object])
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise BadRequest(f"{path}: these must be a JSON object in a string: {error}", path) from error
+def _past_call(call: _PastCall) -> dict[str, object]:
+    function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 # Answers.

@@ -17,6 +17,7 @@ from penstock.request import Finish, Request, Timeline, Token
 from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.frontend import Frontend, FrontendOptions
+from penstock.serve.parsers.choice import pick
 from penstock.serve.text import Tokenizer
 from penstock.tokens import unpack
 from tests.serve.tokenizers_made import CHAT, byte_level
@@ -26,6 +27,8 @@ News = tuple[list[Token], Finish | None]
 Script = Callable[[Request], AsyncGenerator[News, None]]
 
 TOKENIZER = Tokenizer(byte_level(), ChatTemplate(CHAT, {}), "demo")
+FORMATS = pick("", "", "hermes", "deepseek_r1")
+CALLER = Tokenizer(byte_level(), ChatTemplate(CHAT, {}), "demo", formats=FORMATS)
 CARD = ModelCard("demo", 200, ("logprobs", "sampling", "penalties", "prompt_logprobs"))
 
 
@@ -154,8 +157,8 @@ class FakeBackend:
             self.left.set()
 
 
-def frontend(backend: FakeBackend, **options: Any) -> Frontend:
-    return Frontend(backend, {"demo": TOKENIZER}, Random(1), FrontendOptions(**options))
+def frontend(backend: FakeBackend, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Frontend:
+    return Frontend(backend, {"demo": tokenizer}, Random(1), FrontendOptions(**options))
 
 
 Message = MutableMapping[str, Any]

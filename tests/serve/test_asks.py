@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from penstock.errors import BadRequest, PromptTooLong, RequestError, Unsupported
 from penstock.request import Sampling
 from penstock.serve.asks import Ask, output_budget, parse_chat, parse_completion
+from penstock.serve.chat_template import Chat
 from penstock.serve.openai import error_body
 
 
@@ -24,7 +25,7 @@ def completion(**fields: object) -> Ask:
 
 
 def test_a_short_chat_gets_openais_defaults() -> None:
-    assert chat() == Ask(model="demo", messages=[{"role": "user", "content": "hi"}])
+    assert chat() == Ask(model="demo", chat=Chat([{"role": "user", "content": "hi"}]))
 
 
 def test_every_supported_field_arrives() -> None:
@@ -62,7 +63,7 @@ def test_every_supported_field_arrives() -> None:
     )
     assert ask == Ask(
         model="demo",
-        messages=[{"role": "user", "content": "hi"}],
+        chat=Chat([{"role": "user", "content": "hi"}]),
         max_tokens=7,
         given={
             **{"temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.5},
@@ -125,11 +126,8 @@ def test_fields_that_ask_for_nothing_are_accepted(fields: dict[str, object]) -> 
         ("echo", True),
         ("suffix", "x"),
         ("use_beam_search", True),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
         ("response_format", {"type": "json_object"}),
-        ("reasoning_effort", "high"),
         ("modalities", ["text", "audio"]),
         ("metadata", {"a": "b"}),
         ("store", True),
@@ -190,6 +188,12 @@ def test_what_is_not_implemented_is_refused_by_name(name: str, value: object) ->
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"reasoning_effort": "lots"}, "reasoning_effort"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
@@ -208,8 +212,7 @@ def test_mistakes_are_named(fields: dict[str, object], param: str | None) -> Non
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "4"}, "messages[0].role"),
-        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "function", "content": "4"}, "messages[0].role"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].type"),
     ],
 )
@@ -222,16 +225,41 @@ def test_messages_that_need_more_than_text_are_refused(message: dict[str, object
 def test_messages_become_what_templates_know() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     answered = {"role": "assistant", "content": "ok", "refusal": None, "tool_calls": None, "annotations": []}
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": parts, "name": "Ann"},
         answered,
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4", "tool_call_id": "a"},
     ]
-    assert chat(messages=messages).messages == [
+    parsed = chat(messages=messages).chat
+    assert parsed is not None
+    assert parsed.messages == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one\ntwo", "name": "Ann"},
         {"role": "assistant", "content": "ok"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4", "tool_call_id": "a"},
     ]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_what_templates_are_told() -> None:
+    said = {"chat_template_kwargs": {"enable_thinking": False}, "documents": [{"text": "a"}], "reasoning_effort": "low"}
+    ask = chat(tools=[TOOL], continue_final_message=True, include_reasoning=False, **said)
+    assert ask.chat == Chat(
+        [{"role": "user", "content": "hi"}],
+        tools=[{"type": "function", "function": TOOL["function"] | {"description": ""}}],
+        documents=[{"text": "a"}],
+        continue_final_message=True,
+        template_kwargs={"enable_thinking": False, "reasoning_effort": "low"},
+    )
+    assert (ask.tools.choice.mode, ask.tools.callable_names, ask.shows_reasoning) == ("auto", ("f",), False)
+    ask = chat(tools=[TOOL], tool_choice="none")
+    assert ask.chat is not None and ask.chat.tools == () and ask.tools.callable_names == ()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import types
 from collections.abc import Callable, Sequence
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Codec
 
 from penstock.errors import PromptTooLong
 from penstock.serve import encoder
-from penstock.serve.encoder import Encoder, fast_codec, find_difference, plain_codec, samples
+from penstock.serve.encoder import Codec, Encoder, fast_codec, find_difference, plain_codec, samples
 from penstock.serve.pieces import cutter_of
 from penstock.tokens import Tokens, pack
 from tests.serve.tokenizers_made import TEXT, byte_level, sentencepiece
@@ -26,27 +26,27 @@ TURNS = [f"<|user|>{TEXT} ({turn})</s><|assistant|>{TEXT[::-1]} ({turn})</s>" fo
 class Counting:
     """A codec that notes what it had to encode."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: tokenizers.Tokenizer) -> None:
         self.texts: list[str] = []
-        self._encode = plain_codec(codec)
+        self._encode = plain_codec(codec).encode
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         self.texts += texts
         return self._encode(texts)
 
 
-def made(codec: Codec, **options: object) -> tuple[Encoder, Counting]:
+def made(codec: tokenizers.Tokenizer, **options: object) -> tuple[Encoder, Counting]:
     counting = Counting(codec)
-    return Encoder(counting, cutter_of(codec), **options), counting
+    return Encoder(Codec(counting, inline_chars=1000), cutter_of(codec), **options), counting
 
 
-def plain(codec: Codec, text: str) -> list[int]:
+def plain(codec: tokenizers.Tokenizer, text: str) -> list[int]:
     return codec.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("codec", [byte_level(), sentencepiece()], ids=["byte level", "sentencepiece"])
 @given(asked=st.lists(st.lists(st.sampled_from([*TURNS, "a", "<s>"]), max_size=6).map("".join), max_size=6))
-def test_whatever_is_remembered_the_tokens_are_the_codecs(codec: Codec, asked: list[str]) -> None:
+def test_whatever_is_remembered_the_tokens_are_the_codecs(codec: tokenizers.Tokenizer, asked: list[str]) -> None:
     remembering, _ = made(codec, cache_bytes=6000)  # a few turns
     for text in asked:
         assert list(run(remembering.encode(text, 10_000))) == plain(codec, text)
@@ -126,7 +126,7 @@ def test_too_much_without_a_cut_is_given_up_early() -> None:
 class Fake:
     """Stands for fastokens: as the real one, or wrong about one of `wrong`."""
 
-    def __init__(self, codec: Codec, wrong: str) -> None:
+    def __init__(self, codec: tokenizers.Tokenizer, wrong: str) -> None:
         self._codec = codec
         self._wrong = wrong
 
@@ -141,15 +141,15 @@ def install(monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object]) -> N
 
 
 def test_a_quicker_codec_is_used_where_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, lambda text: Fake(Codec.from_str(text), "never there"))
+    install(monkeypatch, lambda text: Fake(tokenizers.Tokenizer.from_str(text), "never there"))
     codec = fast_codec(byte_level())
     assert codec is not None
-    assert list(codec([TEXT, "a"])[0]) == plain(byte_level(), TEXT)
+    assert list(codec.encode([TEXT, "a"])[0]) == plain(byte_level(), TEXT)
 
 
 @pytest.mark.parametrize("wrong", ["e\u0301", "<0x0A>", "<|user|>", "\r\n\r\n", "'LL", "ater"])
 def test_it_is_not_where_it_differs(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    install(monkeypatch, lambda text: Fake(Codec.from_str(text), wrong))
+    install(monkeypatch, lambda text: Fake(tokenizers.Tokenizer.from_str(text), wrong))
     assert fast_codec(byte_level()) is None
 
 
@@ -170,7 +170,10 @@ def test_the_real_one_agrees_on_bytes() -> None:
     pytest.importorskip("fastokens")
     codec = fast_codec(byte_level())
     assert codec is not None
-    assert find_difference(plain_codec(byte_level()), codec, [TEXT, *TURNS, *samples(sentencepiece())]) is None
+    assert (
+        find_difference(plain_codec(byte_level()).encode, codec.encode, [TEXT, *TURNS, *samples(sentencepiece())])
+        is None
+    )
 
 
 def test_the_real_one_takes_text_for_bytes_and_is_not_used() -> None:

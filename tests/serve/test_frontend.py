@@ -28,6 +28,7 @@ from penstock.serve.text import Tokenizer
 from penstock.sim.loop import run_virtual
 from penstock.tokens import unpack
 from tests.serve.fake_backend import (
+    CALLER,
     CARD,
     Client,
     FakeBackend,
@@ -246,6 +247,77 @@ def test_what_samples_reaches_the_worker() -> None:
         assert tuple(byte_level().encode("water").ids) in asked.bad_words
 
     play(story)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}, {"type": "function", "function": {"name": "time"}}]
+CALLING = """<think>Where?</think>I look.<tool_call>
+{"name": "weather", "arguments": {"city": "Ulm"}}
+</tool_call><tool_call>
+{"name": "time", "arguments": {}}
+</tool_call>"""
+
+
+def calls_of(events: list[Any]) -> dict[int, Any]:
+    """Pieces of calls, put together as clients do."""
+    calls: dict[int, Any] = {}
+    for event in events:
+        for piece in event["choices"][0]["delta"].get("tool_calls", ()):
+            call = calls.setdefault(piece["index"], {"arguments": ""})
+            call["arguments"] += piece["function"]["arguments"]
+            call |= {"id": piece["id"], "name": piece["function"]["name"]} if "id" in piece else {}
+    return calls
+
+
+def test_reasoning_and_calls_are_told_apart_from_content() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        (choice,) = (await chat(app, tools=TOOLS, logprobs=True)).json["choices"]
+        message = choice["message"]
+        assert (message["content"], message["reasoning_content"]) == ("I look.", "Where?")
+        called = [(call["type"], call["function"]) for call in message["tool_calls"]]
+        assert [kind for kind, _ in called] == ["function", "function"]
+        assert called[0][1] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+        assert choice["finish_reason"] == "tool_calls"
+        assert len(choice["logprobs"]["content"]) == len(tokens_of(CALLING))
+
+        *events, last, done = (await chat(app, tools=TOOLS, logprobs=True, stream=True)).events
+        assert done == "[DONE]" and last["choices"][0]["finish_reason"] == "tool_calls"
+        deltas = [event["choices"][0]["delta"] for event in events]
+        assert "".join(delta.get("content") or "" for delta in deltas) == "I look."
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Where?"
+        calls = calls_of(events)
+        assert [(call["name"], call["arguments"]) for call in calls.values()] == [
+            ("weather", '{"city": "Ulm"}'),
+            ("time", "{}"),
+        ]
+        assert calls[0]["id"] != calls[1]["id"]
+        told = [one for event in events for one in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
+        spelled = [bytes(one["bytes"]) for one in told]
+        assert b"".join(spelled) == CALLING.encode()[: sum(map(len, spelled))]
+        assert len(told) > 0.8 * len(tokens_of(CALLING))
+
+    play(story, saying(CALLING, finish("stop")), tokenizer=CALLER)
+
+
+def test_calls_are_content_where_none_may_be_made_and_end_the_answer_where_one_may() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        (choice,) = (await chat(app, include_reasoning=False)).json["choices"]
+        assert choice["message"]["content"].startswith("I look.<tool_call>")
+        assert "reasoning_content" not in choice["message"]
+        assert choice["finish_reason"] == "stop"
+        client = await chat(app, tools=TOOLS, parallel_tool_calls=False)
+        assert [call["function"]["name"] for call in client.json["choices"][0]["message"]["tool_calls"]] == ["weather"]
+        assert client.json["usage"]["completion_tokens"] < len(tokens_of(CALLING))
+        client = await chat(app, tools=TOOLS, parallel_tool_calls=False, stream=True)
+        assert len(calls_of(client.events[:-1])) == 1
+
+    play(story, saying(CALLING, finish("stop")), tokenizer=CALLER)
+
+
+def test_plain_completions_are_not_parsed() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        assert (await complete(app)).json["choices"][0]["text"] == CALLING
+
+    play(story, saying(CALLING), tokenizer=CALLER)
 
 
 def test_completions_whole_and_streamed() -> None:

@@ -1,4 +1,7 @@
-"""Real models through the whole path: aggregated, disaggregated and generate() agree token for token in float32."""
+"""Real models through the whole path, served now here, now there: the tokens are those of generate() in float32.
+
+`test_architectures.py` asks this of every architecture; here are the paths that a few kinds are enough for.
+"""
 
 from __future__ import annotations
 
@@ -68,19 +71,18 @@ async def stagger(site: Cluster, wanted: list[list[int]], sampling: Sampling) ->
     return list(await asyncio.gather(*(later(turn, prompt) for turn, prompt in enumerate(wanted))))
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_tokens_equal_generate(model: Path, route: str) -> None:
+def test_tokens_equal_generate(model: Path) -> None:
     wanted = prompts(7, 40, 61, 33, 90)
     shared = wanted[4][:48]
     wanted += [[*shared, 5, 6, 7], wanted[4]]  # prefix hits, a whole prompt among them
 
     async def story() -> list[list[Token]]:
-        async with cluster(engines(model), ROUTES[route], SMALL_STEPS, kv_blocks=80) as site:
+        async with cluster(engines(model), ROUTES["mixed"], SMALL_STEPS, kv_blocks=80) as site:
             first = await stagger(site, wanted[:5], greedy())
             again = await stagger(site, wanted[5:], greedy())
             load = site.workers["d"].load()
             assert load.cached_tokens >= 48
-            assert (load.handoffs > 0) == (route != "aggregated")
+            assert load.handoffs > 0
             assert load.copied_bytes == 0
             site.check_all_free()
             return first + again

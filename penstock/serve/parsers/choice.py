@@ -30,6 +30,10 @@ class Formats:
         """Special tokens whose text parsers must see, where the tokenizer has them."""
         return tuple(dict.fromkeys(marker for each in (self.calls, self.reasoning) if each for marker in each.keeps))
 
+    def may_parse(self, turn: Turn) -> bool:
+        """Whether an answer may be more than text."""
+        return self.reasoning is not None or (self.calls is not None and bool(turn.tools))
+
     def parser(self, turn: Turn) -> Parser:
         """For an answer in which the model is free to call tools, if there are any."""
         if self.calls is self.reasoning:
@@ -39,6 +43,9 @@ class Formats:
         if calls and reasoning:
             return _Both(reasoning, calls)
         return calls or reasoning or Reading(_read_plain)
+
+
+PLAIN = Formats(None, None)
 
 
 def names(kind: Kind) -> list[str]:

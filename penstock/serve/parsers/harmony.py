@@ -20,6 +20,7 @@ from penstock.serve.parsers.reader import Markers, Reader, Reading, Steps
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 RECIPIENT = "to=functions."
+HEADER_CHARS = 256  # more than any has
 
 _HEADER = Markers(START, CHANNEL)
 _FIRST_HEADER = Markers(START, CHANNEL, RECIPIENT)  # its beginning is in the prompt
@@ -35,9 +36,8 @@ def _read(turn: Turn, reader: Reader) -> Steps[None]:
     opening = yield from reader.ahead(_FIRST_HEADER)
     while opening := opening or (yield from reader.prose(Content, _HEADER)):
         header, ending = yield from reader.up_to(_AFTER_HEADER)
-        if not ending:  # a header that was cut off says nothing
+        if not ending and len(header) < HEADER_CHARS:  # one that was cut off says nothing
             reader.settle()
-            return
         if ending != MESSAGE:
             reader.spill(Content)
             opening = ""

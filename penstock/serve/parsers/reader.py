@@ -31,28 +31,27 @@ _WORD = re.compile(r"[\w.-]*")
 class Markers:
     """Words to look for. None of them may begin with another."""
 
-    __slots__ = ("_firsts", "_longest", "_words")
+    __slots__ = ("_any", "_beginning", "words")
 
     def __init__(self, *words: str) -> None:
-        self._words = words
-        self._longest = max(map(len, words))
-        self._firsts = frozenset(word[0] for word in words)
+        beginnings = [word[:chars] for word in words for chars in range(1, len(word))]
+        self.words = words
+        self._any = re.compile("|".join(map(re.escape, words)))
+        self._beginning = re.compile(rf"(?:{'|'.join(map(re.escape, beginnings))})\Z")
 
     def find(self, text: str) -> tuple[int, str]:
         """Where the first of them starts, and which it is; the end and "" where there is none."""
-        found = [(at, word) for word in self._words if (at := text.find(word)) >= 0]
-        return min(found, default=(len(text), ""))
+        found = self._any.search(text)
+        return (len(text), "") if found is None else (found.start(), found[0])
 
     def certain(self, text: str) -> int:
         """How much of a text without them cannot be the beginning of one, whatever comes next."""
-        for at in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[at] in self._firsts and self.may_begin(text[at:]):
-                return at
-        return len(text)
+        found = self._beginning.search(text)
+        return len(text) if found is None else found.start()
 
     def may_begin(self, text: str) -> bool:
         """Whether `text` is the beginning of one of them."""
-        return any(word.startswith(text) for word in self._words)
+        return any(word.startswith(text) for word in self.words)
 
 
 class Reader:

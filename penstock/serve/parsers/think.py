@@ -12,7 +12,7 @@ too, which turns reasoning off. The end of the prompt says which.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from penstock.serve.parsers.api import Content, Format, Parser, Reasoning, Turn
@@ -23,27 +23,27 @@ from penstock.serve.parsers.reader import Markers, Reader, Reading, Steps
 class _Style:
     """The markers of a family; `is_open`: an answer begins with reasoning even if nothing says so."""
 
-    opening: tuple[str, ...]
-    closing: tuple[str, ...]
+    opening: Markers
+    closing: Markers
     is_open: bool = False
 
     def make(self, turn: Turn) -> Parser:
         return Reading(partial(_read, self, self._starts_open(turn.prompt.rstrip())))
 
     def is_in(self, model_type: str, template: str) -> bool:
-        return any(marker in template for marker in (*self.opening, *self.closing))
+        return any(marker in template for marker in (*self.opening.words, *self.closing.words))
 
     def _starts_open(self, prompt: str) -> bool:
-        if prompt.endswith(self.opening):
+        if prompt.endswith(self.opening.words):
             return True
-        return self.is_open and not prompt.endswith(self.closing)
+        return self.is_open and not prompt.endswith(self.closing.words)
 
 
 def _read(style: _Style, is_open: bool, reader: Reader) -> Steps[None]:
     yield from reader.skip_space()
-    if (yield from reader.ahead(Markers(*style.opening))) or is_open:
+    if (yield from reader.ahead(style.opening)) or is_open:
         yield from reader.skip_layout()
-        yield from reader.prose(Reasoning, Markers(*style.closing))
+        yield from reader.prose(Reasoning, style.closing)
         yield from reader.skip_layout()
     yield from reader.rest(Content)
 
@@ -53,18 +53,18 @@ def _never(model_type: str, template: str) -> bool:
     return False
 
 
-_THINK = _Style(("<think>",), ("</think>",))
-_DEEPSEEK_R1 = _Style(("<think>",), ("</think>",), is_open=True)
-_MISTRAL = _Style(("[THINK]",), ("[/THINK]",))
+_THINK = _Style(Markers("<think>"), Markers("</think>"))
+_DEEPSEEK_R1 = replace(_THINK, is_open=True)
+_MISTRAL = _Style(Markers("[THINK]"), Markers("[/THINK]"))
 _GRANITE = _Style(
-    ("Here is my thought process:", "Here's my thought process:"),
-    ("Here is my response:", "Here's my response:"),
+    Markers("Here is my thought process:", "Here's my thought process:"),
+    Markers("Here is my response:", "Here's my response:"),
 )
 
 
 def _format(names: tuple[str, ...], style: _Style) -> Format:
     fits = _never if style.is_open else style.is_in
-    return Format(names, ("reasoning",), (*style.opening, *style.closing), style.make, fits)
+    return Format(names, ("reasoning",), (*style.opening.words, *style.closing.words), style.make, fits)
 
 
 PARSERS = (

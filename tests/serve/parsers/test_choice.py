@@ -18,7 +18,7 @@ QWEN3_CODER = "<tool_call>\n<function=example_function_name>\n<parameter=example
 GLM45 = "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key> <think></think>"
 LLAMA31 = '<|start_header_id|>... {"name": function name, "parameters": ...} \'<|python_tag|>\' + tool_call.name'
 LLAMA32 = "<|start_header_id|>... '{\"name\": \"' + tool_call.name + '\", ' }}{{- '\"parameters\": '"
-HERMES3 = '<|start_header_id|>... <tool_call>\n{"name": \'" }}'
+HERMES3 = '<|start_header_id|>... "parameters" ... <tool_call>\n{"name": \'" }}'
 MISTRAL = "[AVAILABLE_TOOLS] [TOOL_CALLS] [/INST]"
 MAGISTRAL = MISTRAL + "[THINK]...[/THINK]"
 GPT_OSS = '<|start|>assistant<|channel|>analysis<|message|>" + message.thinking'
@@ -49,6 +49,13 @@ def test_models_are_known_by_their_templates(
     model_type: str, template: str, calls: str | None, reasoning: str | None
 ) -> None:
     assert first_names(pick(model_type, template)) == (calls, reasoning)
+
+
+@pytest.mark.parametrize("template", [QWEN3, LLAMA31, HERMES3, MAGISTRAL, GPT_OSS, R1, GRANITE32])
+def test_no_two_formats_claim_a_template(template: str) -> None:
+    for kind in ("calls", "reasoning"):
+        claims = {each for name in names(kind) if (each := find(kind, name)) and each.fits("", template)}
+        assert len(claims) <= 1
 
 
 def first_names(formats: Formats) -> tuple[str | None, str | None]:
@@ -113,6 +120,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
         ("...assistant\n<think>\n", f"Hm.\n</think>\n\n{CALL}", ("", "Hm.", True)),
         ("...assistant\n<think>\n\n</think>\n\n", f"Ok. </think>{CALL}", ("Ok. </think>", "", True)),
         ("<think>\n", "Hm", ("", "Hm", False)),
+        ("...assistant\n", '<think>Hm</think>Ok <tool_call>{"na', ('Ok <tool_call>{"na', "Hm", False)),
     ],
 )
 def test_calls_are_found_after_reasoning(prompt: str, answer: str, expected: tuple[str, str, bool]) -> None:

@@ -59,7 +59,20 @@ EXAMPLES: list[tuple[str, str, Said]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>!', Said("!", "", (Call("f", '{"a": 1}'),))),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}} ok', Said("ok", "", (Call("f", '{"a": 1}'),))),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [1</tool_call>', Said("", "", (Call("f", '{"a": [1'),))),
+    (
+        "hermes",
+        '<tool_call>{"n": -12.5, "ok": true, "s": "{", "name": "f", "arguments": {}}',
+        Said("", "", (Call("f", "{}"),)),
+    ),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [}}', Said("}}", "", (Call("f", '{"a": ['),))),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {}, "arguments": {"a": 1}}',
+        Said(', "arguments": {"a": 1}}', "", (Call("f", "{}"),)),
+    ),
     # What is no call.
+    ("hermes", '<tool_call>{"x": , "name": "f"}', Said('<tool_call>{"x": , "name": "f"}', "", ())),
+    ("hermes", '<tool_call>{"name": "f", "name": "g"}', Said('<tool_call>{"name": "f", "name": "g"}', "", ())),
     ("hermes", "Use <tool_call> and </tool_call>.", Said("Use <tool_call> and </tool_call>.", "", ())),
     ("hermes", '<tool_call>{"name": 3}</tool_call>', Said('<tool_call>{"name": 3}</tool_call>', "", ())),
     ("hermes", 'a <tool_call>\n{"name": "f", "arg', Said('a <tool_call>\n{"name": "f", "arg', "", ())),
@@ -90,6 +103,7 @@ EXAMPLES: list[tuple[str, str, Said]] = [
     ("llama3_json", '{"name": "Bob", "parameters": {}}', Said('{"name": "Bob", "parameters": {}}', "", ())),
     ("llama3_json", '{"answer": [1, true, "x"]}', Said('{"answer": [1, true, "x"]}', "", ())),
     ("llama3_json", 'See {"name": "f", "parameters": {}}', Said('See {"name": "f", "parameters": {}}', "", ())),
+    ("llama3_json", '{<|python_tag|>{"name": "f"}', Said("{", "", (Call("f", "{}"),))),
     ("llama3_json", '<|python_tag|>search.call("x")', Said('<|python_tag|>search.call("x")', "", ())),
     ("mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}}]', Said("", "", (OSLO,))),
     (
@@ -130,7 +144,9 @@ EXAMPLES: list[tuple[str, str, Said]] = [
     ("harmony", ' to=functions.f<|channel|>commentary<|message|>{"a": 1}', Said("", "", (Call("f", '{"a": 1}'),))),
     ("harmony", "<|channel|>analysis<|message|>a<|channel|>final<|message|>b", Said("b", "a", ())),
     ("harmony", "<|channel|>final<|message|>b<|start|>assistant<|chan", Said("b", "", ())),
+    ("harmony", "<|start|>" + 300 * "x", Said("<|start|>" + 300 * "x", "", ())),
     ("harmony", "Just text, to=me.", Said("Just text, to=me.", "", ())),
+    ("harmony", "<|channel|>x<|end|><|channel|>final<|message|>b", Said("<|channel|>x<|end|>b", "", ())),
     ("harmony", "<|channel|>x<|end|>y", Said("<|channel|>x<|end|>y", "", ())),
     (
         "harmony",
