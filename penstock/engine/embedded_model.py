@@ -23,6 +23,7 @@ from penstock.blocks import BlockId, Keeps, KvLayout, Region, deal_layers
 from penstock.engine.api import EngineInfo, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Geometry, build
+from penstock.engine.embedded_linear import pack
 from penstock.engine.embedded_options import Options
 from penstock.engine.embedded_sampling import Draw, sample
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
@@ -163,6 +164,10 @@ class LoadedModel:
         )
         logits: Tensor = output.logits[0]
         return logits
+
+    def pack(self) -> None:
+        """Lays out weights for this CPU."""
+        pack(self._model)
 
     @torch.inference_mode()
     def own_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -338,8 +343,9 @@ def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
     tokens = [i % checkpoint.info.vocab_size for i in range(layout.block_tokens)]
     steps = [Slice(tokens[at:], at, table, Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
     try:
-        found = torch.cat([loaded.logits([step], pool) for step in steps])
         own = loaded.own_logits(tokens)
+        loaded.pack()
+        found = torch.cat([loaded.logits([step], pool) for step in steps])
     except Exception as error:
         raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error
     written = pool.blocks.view(len(table), layout.layers, -1).isfinite().all(-1).tolist()
