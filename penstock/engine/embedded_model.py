@@ -23,8 +23,8 @@ from penstock.blocks import BlockId, Keeps, KvLayout, Region, deal_layers
 from penstock.engine.api import EngineInfo, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Geometry, build
-from penstock.engine.embedded_linear import pack
 from penstock.engine.embedded_options import Options
+from penstock.engine.embedded_products import pack
 from penstock.engine.embedded_sampling import Draw, sample
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
 from penstock.policy.latency.device import cpu

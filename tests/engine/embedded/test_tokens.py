@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine import embedded_linear
+from penstock.engine import embedded_products
 from penstock.engine.embedded import EmbeddedEngine, Options
 from penstock.request import Sampling
 from tests.engine.embedded.driver import WHOLE, Driver, Running, distance, generated, prompts
@@ -25,7 +25,7 @@ TOKENS = 16
 def test_any_mixture_of_slices_equals_generate(
     checkpoint: Checkpoint, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_linear, "_LEAST_ELEMENTS", 1)  # the tiny model's layers are packed as large ones are
+    monkeypatch.setattr(embedded_products, "_LEAST_ELEMENTS", 1)  # the tiny model's layers are packed as large ones are
     folder = checkpoint(architecture)
     texts = prompts(7, 40, 61, 33)
 

@@ -1,8 +1,8 @@
-"""Linear layers on the CPU, with weights in the order that oneDNN multiplies them in.
+"""Products of matrices on the CPU by oneDNN: linear layers with weights in the order it reads, and attention.
 
 torch reorders a plain weight of 16 bits at every call, and gives those of 32 bits to MKL, which is slow on CPUs that
 are not Intel's. Reordered once, ahead of the first step, a weight is read as it is by what multiplies it. Sums are
-rounded in another order, no more.
+rounded in another order, no more. What attention multiplies is new in every step and stays in the order it has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-_LEAST_ELEMENTS = 1 << 16  # for smaller weights the call costs more than the order gains
+_LEAST_ELEMENTS = 1 << 15  # for smaller weights the call costs more than the order gains
+_LEAST_ROWS = 64  # in attention likewise
 
 
 class PackedLinear(nn.Module):
@@ -32,8 +33,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
-        return product
+        return _multiply(rows, self._packed, self.bias)
 
 
 @torch.inference_mode()
@@ -54,12 +54,37 @@ def _gaining(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield parent, name
 
 
-def _is_multiplied(weight: Tensor) -> bool:
+def _is_multiplied(matrix: Tensor) -> bool:
     """Whether oneDNN takes it. Of 16-bit types it refuses those that this CPU has no instructions for."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if weight.dtype == torch.bfloat16:
+    if matrix.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if weight.dtype == torch.float16:
+    if matrix.dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return weight.dtype == torch.float32
+    return matrix.dtype == torch.float32
+
+
+def attention_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """[matrices, rows, dim] times [matrices, columns, dim], scaled: [matrices, rows, columns]."""
+    if _is_quicker_apart(queries):
+        return torch.stack([_multiply(rows, columns) for rows, columns in zip(queries * scaling, keys, strict=True)])
+    return torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys.mT, beta=0, alpha=scaling)
+
+
+def weighted_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """[matrices, rows, columns] times [matrices, columns, dim]."""
+    if _is_quicker_apart(weights):
+        return torch.stack([_multiply(rows, columns.mT) for rows, columns in zip(weights, values, strict=True)])
+    return torch.bmm(weights, values)
+
+
+def _is_quicker_apart(rows: Tensor) -> bool:
+    """Whether matrices are better multiplied one by one: torch gives batches of 32 bits to MKL, others to oneDNN."""
+    return rows.dtype == torch.float32 and rows.shape[1] >= _LEAST_ROWS and _is_multiplied(rows)
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., inner] times the transpose of [outer, inner], plain or packed."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what plain ones do."""
+"""Products by oneDNN are those that torch computes, whichever way each is taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.engine.embedded_linear import PackedLinear, pack
+from penstock.engine.embedded_products import PackedLinear, attention_scores, pack, weighted_sums
 
 DTYPES = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -59,3 +59,15 @@ def test_layers_are_found_at_any_depth() -> None:
     model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(256, 320)))
     pack(model)
     assert [type(layer) for layer in model.modules()] == [nn.Sequential, nn.Sequential, nn.ReLU, PackedLinear]
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_attention_multiplies_matrix_by_matrix(rows: int, dtype: torch.dtype) -> None:
+    queries = torch.randn(4, rows, 32, dtype=dtype)
+    context = torch.randn(4, 90, 32, dtype=dtype)[:, 10:80]  # as a tile is cut out of what was gathered
+    scores = attention_scores(queries, context, 0.25)
+    torch.testing.assert_close(scores, torch.matmul(queries, context.mT) * 0.25)
+    weights = scores.softmax(-1)
+    torch.testing.assert_close(weighted_sums(weights, context), torch.matmul(weights, context))
