@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,9 @@ class LoadedModel:
         logits: Tensor = output.logits[0]
         return logits
 
-    def pack(self) -> None:
-        """Lays out weights for this CPU."""
-        pack(self._model)
+    def pack(self, tokens: Sequence[int]) -> Tensor:
+        """Lays out weights for this CPU, as a pass over `tokens` shows they are used; its `own_logits`."""
+        return pack(self._model, partial(self.own_logits, tokens))
 
     @torch.inference_mode()
     def own_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -343,8 +344,7 @@ def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
     tokens = [i % checkpoint.info.vocab_size for i in range(layout.block_tokens)]
     steps = [Slice(tokens[at:], at, table, Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
     try:
-        own = loaded.own_logits(tokens)
-        loaded.pack()
+        own = loaded.pack(tokens)
         found = torch.cat([loaded.logits([step], pool) for step in steps])
     except Exception as error:
         raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error

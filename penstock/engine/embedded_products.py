@@ -7,11 +7,16 @@ rounded in another order, no more. What attention multiplies is new in every ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 _LEAST_ELEMENTS = 1 << 15  # for smaller weights the call costs more than the order gains
 _LEAST_ROWS = 64  # in attention likewise
@@ -36,22 +41,108 @@ class PackedLinear(nn.Module):
         return _multiply(rows, self._packed, self.bias)
 
 
+class SideBySide:
+    """Linear layers that are given the same rows, as one product, of which each takes its part.
+
+    All is computed when the first of them comes with new rows, and let go when the last has taken its part.
+    """
+
+    def __init__(self, plains: Sequence[nn.Linear]) -> None:
+        weights: list[Tensor] = [plain.weight for plain in plains]
+        biases = [plain.bias for plain in plains if plain.bias is not None]
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
+        self.bias = torch.cat(biases) if biases else None
+        self.sizes = [plain.out_features for plain in plains]
+        self._rows: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def take(self, place: int, rows: Tensor) -> Tensor:
+        if rows is not self._rows or place not in self._parts:
+            self._rows = rows
+            self._parts = dict(enumerate(torch.split(_multiply(rows, self.packed, self.bias), self.sizes, -1)))
+        part = self._parts.pop(place)
+        if not self._parts:
+            self._rows = None
+        return part
+
+
+class Sibling(nn.Module):
+    """One of the layers of a `SideBySide`."""
+
+    def __init__(self, plain: nn.Linear, family: SideBySide, place: int) -> None:
+        super().__init__()
+        self.in_features = plain.in_features
+        self.out_features = plain.out_features
+        self.bias = plain.bias
+        self._family = family
+        self._place = place
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return torch.split(self._family.packed.to_dense(), self._family.sizes)[self._place]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return self._family.take(self._place, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a layer is found: its name in its parent."""
+
+    parent: nn.Module
+    name: str
+
+    def layer(self) -> nn.Linear:
+        layer: nn.Linear = getattr(self.parent, self.name)
+        return layer
+
+
 @torch.inference_mode()
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, forward: Callable[[], T]) -> T:
     """Replaces the linear layers of `model` that gain by it: large ones on a CPU that oneDNN multiplies their type on.
 
-    An output layer tied to the embedding stops being it, and both are kept.
+    `forward` runs the model once, which shows the layers that are given the same rows; returned is what it returns. An
+    output layer tied to the embedding stops being it, and both are kept.
     """
-    for parent, name in list(_gaining(model)):  # names alone, so that each plain weight goes before the next one comes
-        setattr(parent, name, PackedLinear(getattr(parent, name)))
+    sites = [
+        Site(parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.numel() >= _LEAST_ELEMENTS and _is_multiplied(child.weight)
+    ]
+    given: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    with ExitStack() as hooks:
+        for site, rows in given.items():
+            hooks.callback(site.layer().register_forward_pre_hook(partial(_note, rows)).remove)
+        result = forward()
+    for family in _families(given):
+        _replace(family)
+    return result
 
 
-def _gaining(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Layers that are no more than `nn.Linear`: its subclasses may compute something else."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.numel() >= _LEAST_ELEMENTS and _is_multiplied(child.weight):
-                yield parent, name
+def _families(given: Mapping[Site, Sequence[Tensor]]) -> list[list[Site]]:
+    """Sites of one parent whose layers were given the same rows, once; each of the others by itself."""
+    families: dict[object, list[Site]] = {}
+    for site, rows in given.items():
+        alike = (site.parent, site.layer().bias is None, id(rows[0])) if len(rows) == 1 else site
+        families.setdefault(alike, []).append(site)
+    return list(families.values())
+
+
+def _note(given: list[Tensor], _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    given.extend(arguments)
+
+
+def _replace(family: Sequence[Site]) -> None:
+    """A layer by itself, or layers side by side. The plain weights go as soon as the packed one is there."""
+    plains = [site.layer() for site in family]
+    if len(plains) == 1:
+        setattr(family[0].parent, family[0].name, PackedLinear(plains[0]))
+        return
+    together = SideBySide(plains)
+    for place, (site, plain) in enumerate(zip(family, plains, strict=True)):
+        setattr(site.parent, site.name, Sibling(plain, together, place))
 
 
 def _is_multiplied(matrix: Tensor) -> bool:

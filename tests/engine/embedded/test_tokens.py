@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine import embedded_products
+from penstock.engine import embedded_batch, embedded_products
 from penstock.engine.embedded import EmbeddedEngine, Options
 from penstock.request import Sampling
 from tests.engine.embedded.driver import WHOLE, Driver, Running, distance, generated, prompts
@@ -43,7 +43,11 @@ def test_any_mixture_of_slices_equals_generate(
         assert sequence.ids == generated(folder, text, TOKENS)
 
 
-def test_decoding_sequences_of_unlike_length_equals_generate(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("group_bytes", [1, embedded_batch._GROUP_BYTES])
+def test_decoding_sequences_of_unlike_length_equals_generate(
+    checkpoint: Checkpoint, group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_batch, "_GROUP_BYTES", group_bytes)
     folder = checkpoint("llama")
     texts = prompts(400, 5, 390, 20)  # two groups of two
 
