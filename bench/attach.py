@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 import httpx
-from frontend import MODEL, PROMPTS, Case, cpu_of, free_port, make_model, running, serving
+from frontend import MODEL, Case, cpu_of, free_port, make_model, running, serving
 from loadgen import chat_request, generate_load
 from report import Row, emit
 
@@ -56,7 +56,7 @@ def measure(folder: Path, words: Sequence[str], case: Case, rounds: int, seconds
 
 
 def one_round(folder: Path, words: Sequence[str], case: Case, rng: Random, seconds: float, core: int) -> float:
-    prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(PROMPTS)]
+    prompts = [" " + " ".join(rng.choices(words, k=case.prompt_tokens)) for _ in range(case.prompts)]
     requests = [chat_request(MODEL, prompt, case.tokens) for prompt in prompts]
     cpu_s: list[float] = []
     port = free_port()

@@ -85,11 +85,13 @@ class _Stream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
         self.sent_s = 0.0
+        self.has_begun = False
         self.has_event = False
         self.tail = b""  # of the last piece, too short to hold a whole mark
 
     def send(self, request: bytes) -> None:
         self.sent_s = time.perf_counter()
+        self.has_begun = False
         self.has_event = False
         self.tail = b""
         self.socket.sendall(request)
@@ -130,9 +132,10 @@ class _Load:
             stream.has_event = True
             self.totals.first_event_s.append(time.perf_counter() - stream.sent_s)
         self.totals.events += events
-        if not events and b"HTTP/1.1 200" not in piece and not is_over:
+        if not stream.has_begun and not piece.startswith(b"HTTP/1.1 200"):
             self.totals.errors.append(piece[:300].decode(errors="replace"))
             is_over = True
+        stream.has_begun = True
         if is_over:
             self.totals.requests += 1
             self._send_next(stream)

@@ -33,17 +33,17 @@ from report import Row, emit
 from rich.console import Console
 from rich.table import Table
 
+from penstock.measures import spread
 from penstock.policy.latency.steps import decode
 from penstock.policy.routing import pairs
 from penstock.sim.cluster import ClusterSpec
 from penstock.sim.cluster_file import described
 from penstock.sim.record import Recorder
-from penstock.sim.report import spread
 from penstock.sim.simulation import simulate
-from penstock.sim.workloads.generated import AGENT, Poisson, generated
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.traces import mooncake
-from penstock.sim.workloads.workload import BLOCK_TOKENS, Workload
+from penstock.workloads.generated import AGENT, Poisson, generated
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.traces import mooncake
+from penstock.workloads.workload import BLOCK_TOKENS, Workload
 
 OURS = "pairs"
 BASELINES = (

@@ -40,11 +40,11 @@ from penstock.serve.rpc import Endpoint
 from penstock.sim.cluster import ClusterSpec, WorkerSpec
 from penstock.sim.record import Recorder
 from penstock.sim.simulation import simulate
-from penstock.sim.workloads.generated import Poisson, Shape, Spread, generated
-from penstock.sim.workloads.workload import Session, Turn, Workload, play
 from penstock.tokens import count, pack
 from penstock.topology.build import PRESETS, build
 from penstock.wire.stream import StreamWire
+from penstock.workloads.generated import Poisson, Shape, Spread, generated
+from penstock.workloads.workload import Session, Turn, Workload, play
 
 DEMO = Path(__file__).parents[1] / "penstock" / "models" / "demo"
 LEARNED_AT = (0.35, 0.7, 1.3)  # of saturation; beyond it for the sake of large batches

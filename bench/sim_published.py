@@ -32,6 +32,7 @@ from report import Row, emit
 from penstock import clock, plugin
 from penstock.blocks import BlockId, KvLayout
 from penstock.fabric import Fabric
+from penstock.measures import spread
 from penstock.policy.latency.fit import believe
 from penstock.policy.latency.steps import StepModel
 from penstock.policy.latency.transfers import MOONCAKE_8X400G, NIXL_H100_READ
@@ -42,15 +43,14 @@ from penstock.sim.cluster_file import described
 from penstock.sim.loop import run_virtual
 from penstock.sim.network import Network
 from penstock.sim.record import Recorder, Requests
-from penstock.sim.report import spread
 from penstock.sim.simulation import simulate
 from penstock.sim.transport import FabricHub, FabricTransport, Software
 from penstock.sim.wiring import Wiring
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.named import find
-from penstock.sim.workloads.traces import mooncake
-from penstock.sim.workloads.workload import Workload
 from penstock.transport.memory import bare_region
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.named import find
+from penstock.workloads.traces import mooncake
+from penstock.workloads.workload import Workload
 
 SEED = 0
 

@@ -24,8 +24,8 @@ from report import Row, emit
 from penstock.sim.cluster_file import described
 from penstock.sim.record import Recorder
 from penstock.sim.simulation import simulate
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.traces import mooncake
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.traces import mooncake
 
 CLUSTER = """
 topology: {{kind: rack, count: {racks}, holds: [{{preset: hgx-h100, count: {nodes}}}], oversubscription: 2}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -247,6 +247,118 @@ class TargetSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """What is sent, how much, and for how long: every rate, concurrency or speed in turn."""
+
+    rate: tuple[str, ...] = ()
+    """Sessions that start per second, whatever the server does: 1,2,4."""
+
+    concurrency: tuple[str, ...] = ()
+    """Instead: sessions at a time, each beginning when another one ends: 1,8,64; by default 8."""
+
+    speed: tuple[str, ...] = ()
+    """Instead, of a trace or workload: how many times as fast its sessions start, 1,2,4; by default 1."""
+
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    """Times between the sessions of --rate."""
+
+    burstiness: float = 1.0
+    """Of --rate: below 1 arrivals cluster, above 1 they keep their distance (gamma distributed, as in vLLM)."""
+
+    requests: int | None = None
+    """Send so many requests each time; by default all of a trace or workload."""
+
+    duration_s: float | None = None
+    """Send for so many seconds each time; by default 20 if nothing else ends it."""
+
+    warmup: int = 4
+    """Requests that are sent before and not counted."""
+
+    seed: int | None = None
+    """The same seed, the same requests, text included, which a server may still have in its cache; by default a new
+    one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """What requests are like: of these lengths, or of a trace or workload as `penstock simulate` takes it."""
+
+    isl: float = 512.0
+    """Prompt tokens of a session's first request, in the mean."""
+
+    osl: float = 128.0
+    """Output tokens of a request, in the mean."""
+
+    isl_cv: float = 0.0
+    """Coefficient of variation of prompt tokens (log-normal); 0: all alike."""
+
+    osl_cv: float = 0.0
+    """The same of output tokens."""
+
+    turns: float = 1.0
+    """Requests in a session, in the mean (cv 0.5): each has all that was said and answered before."""
+
+    turn_tokens: float = 100.0
+    """What a later turn adds, in the mean."""
+
+    pause_s: float = 0.0
+    """Between an answer and the next turn, in the mean (cv 1)."""
+
+    prefix_tokens: int = 0
+    """Before every prompt, shared with others; of chats the system's message."""
+
+    prefixes: int = 1
+    """So many different ones, which sessions take in turn."""
+
+    trace: Path | None = None
+    """Requests from a file: Mooncake's JSONL, whose equal hash_ids become equal text, or Azure's CSV."""
+
+    workload: str = ""
+    """Instead of a file: a kind of workload and its settings, such as chat:rate=4."""
+
+    max_isl: int | None = None
+    """Cut prompts of a trace or workload to so many tokens; a session ends where a later turn would not fit."""
+
+    max_osl: int | None = None
+    """Cut its answers to so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """Whom to ask, and how."""
+
+    model: str = ""
+    """By default the one that the server lists."""
+
+    endpoint: Literal["chat", "completions"] = "completions"
+    """/v1/chat/completions or /v1/completions."""
+
+    tokenizer: Path | None = None
+    """The model's folder: prompts are then words of one token each. Without it, completions get token ids (their number
+    is exact) and chats words whose tokens the server is asked for."""
+
+    api_key: str = field(default="", repr=False)
+    """The server's key. Better set PENSTOCK_API_KEY: command lines can be seen by others."""
+
+    timeout_s: float = 600.0
+    """How long an answer may take."""
+
+    ignore_eos: bool = True
+    """Have every answer run to its full length; a field that vLLM, SGLang and penstock know."""
+
+    body: str = ""
+    """More fields of every request, as a JSON object; null leaves a field out, such as {"temperature": null}."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTargetSettings(TargetSettings):
+    """What a request should keep to, for attainment and goodput."""
+
+    slo_e2e: float | None = None
+    """Seconds to the end of the answer; by default any."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model on this disk, and what clients call it. `arguments` make another command find the same one."""
 
@@ -281,6 +393,7 @@ class ServeConfig:
     topology: Path | None
     answers: AnswerSettings
     service: ServiceSettings
+    frontends: int
     ask: bool
     log_level: str
 
@@ -310,11 +423,52 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPort:
+    """One of several frontend processes that share a port, the `index`th; they find each other by `mesh`."""
+
+    mesh: str
+    index: int
+    processes: int
+
+    @classmethod
+    def parse(cls, text: str) -> SharedPort:
+        """Of MESH:INDEX:PROCESSES, as `str` writes it. Raises SetupError."""
+        mesh, index, processes = [*text.split(":"), "", ""][:3]
+        if not (mesh and index.isdecimal() and processes.isdecimal() and int(index) < int(processes)):
+            raise SetupError(f"{text!r} is no process of several: write MESH:INDEX:PROCESSES")
+        return cls(mesh, int(index), int(processes))
+
+    def __str__(self) -> str:
+        return f"{self.mesh}:{self.index}:{self.processes}"
+
+    @property
+    def name(self) -> str:
+        return _name(self.index)
+
+    @property
+    def address(self) -> str:
+        """At which the other processes find this one."""
+        return self._address(self.index)
+
+    def others(self) -> dict[str, str]:
+        """Their addresses by name."""
+        return {_name(one): self._address(one) for one in range(self.processes) if one != self.index}
+
+    def _address(self, index: int) -> str:
+        return f"unix:@penstock-{self.mesh}-{_name(index)}"
+
+
+def _name(index: int) -> str:
+    return f"frontend-{index}"
+
+
+@dataclass(frozen=True, slots=True)
 class FrontendConfig:
     """All that the process of a frontend is told, beside the two sockets it is given.
 
     Workers that join its registry are announced in the folder `leases`, if there is one, and read from there.
-    `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired.
+    `policy` is the name of a routing policy, `topology` a file that says how workers' devices are wired. `process` says
+    which of several processes this is.
     """
 
     model: Model
@@ -324,6 +478,7 @@ class FrontendConfig:
     topology: Path | None
     answers: AnswerSettings
     service: ServiceSettings
+    process: SharedPort | None = None
 
 
 @dataclass(frozen=True, slots=True)

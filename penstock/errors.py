@@ -16,7 +16,9 @@ PenstockError
 │   ├── UnknownModel                404
 │   ├── NotFound                    404, nothing is at that path
 │   ├── MethodNotAllowed            405
-│   └── BodyTooLarge                413
+│   ├── TooSlow                     408, the rest of the request did not come in time
+│   ├── BodyTooLarge                413
+│   └── HeadTooLarge                431
 ├── Overloaded                      503 with Retry-After: try again, nothing is wrong
 │   └── OverShare                   429 with Retry-After: this tenant has more waiting than its share
 ├── DeadlineExceeded                504
@@ -143,6 +145,19 @@ class BodyTooLarge(RequestError):
     """The request body is over the limit that the message names."""
 
     status = 413
+
+
+class TooSlow(RequestError):
+    """The rest of the request did not come in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class HeadTooLarge(RequestError):
+    """The request's headers are over the limit that the message names."""
+
+    status = 431
 
 
 class Overloaded(PenstockError):

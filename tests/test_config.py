@@ -16,6 +16,7 @@ from penstock.config import (
     Model,
     Secrets,
     ServiceSettings,
+    SharedPort,
     WorkerConfig,
     parse,
     read_tenants,
@@ -140,3 +141,17 @@ def test_engines_are_found_by_name() -> None:
 def test_an_unknown_engine_is_refused_with_those_there_are() -> None:
     with pytest.raises(SetupError, match=r"no engine 'simulatd' \(did you mean 'simulated'\?\): there is .*embedded"):
         plugin.find("engine", "simulatd")
+
+
+def test_processes_that_share_a_port_find_each_other() -> None:
+    own = SharedPort("ab12", 1, 3)
+    assert SharedPort.parse(str(own)) == own
+    assert own.name == "frontend-1"
+    assert list(own.others()) == ["frontend-0", "frontend-2"]
+    assert own.address in SharedPort("ab12", 0, 3).others().values()
+
+
+@pytest.mark.parametrize("text", ["", "ab12", "ab12:1", "ab12:3:3", "ab12:x:3", ":0:2"])
+def test_what_names_no_process_is_refused(text: str) -> None:
+    with pytest.raises(SetupError, match="MESH:INDEX:PROCESSES"):
+        SharedPort.parse(text)

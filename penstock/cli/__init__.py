@@ -8,6 +8,7 @@
     topology   what is wired to what
     route      why a request went where it went
     simulate   a cluster that need not exist, on virtual time
+    bench      how quick a server is under load, any that speaks OpenAI's API
 
 Exit status: 0 after Ctrl-C or SIGTERM; 2, and one line on standard error, for a start that is refused.
 What is heavy is imported inside the commands, so that `penstock --help` is quick.
@@ -32,15 +33,20 @@ from penstock.cluster import Role
 from penstock.config import (
     AnswerSettings,
     AttachSettings,
+    EndpointSettings,
     EngineSettings,
     FleetSettings,
     FrontendConfig,
     KvSettings,
     ListenSettings,
+    LoadSettings,
+    LoadTargetSettings,
+    PromptSettings,
     RouterConfig,
     Secrets,
     ServeConfig,
     ServiceSettings,
+    SharedPort,
     SimulationSettings,
     TargetSettings,
     WorkerConfig,
@@ -61,6 +67,10 @@ Answers = Annotated[AnswerSettings, Parameter(name="*", group="Answers")]
 Service = Annotated[ServiceSettings, Parameter(name="*", group="Service levels")]
 Simulation = Annotated[SimulationSettings, Parameter(name="*", group="What is simulated")]
 Targets = Annotated[TargetSettings, Parameter(name="*", group="Targets")]
+Asked = Annotated[EndpointSettings, Parameter(name="*", group="Server")]
+Load = Annotated[LoadSettings, Parameter(name="*", group="Load")]
+Prompts = Annotated[PromptSettings, Parameter(name="*", group="Prompts")]
+LoadTargets = Annotated[LoadTargetSettings, Parameter(name="*", group="Targets")]
 Attach = Annotated[AttachSettings, Parameter(name="*", group="Servers", consume_multiple=True)]
 Listen = Annotated[ListenSettings, Parameter(name="*", group="Network")]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -98,6 +108,7 @@ def serve(
     answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
+    frontends: int = 1,
     ask: bool = True,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     log_level: LogLevel = "warning",
@@ -118,6 +129,8 @@ def serve(
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers that join are listed for other frontends too, as file:FOLDER.
+    frontends
+        How many processes share the work of HTTP, text and routing; they share the port, too.
     ask
         Ask the model one question at the start, and show where the time went.
     as_json
@@ -142,6 +155,7 @@ def serve(
         topology=topology,
         answers=answers,
         service=service,
+        frontends=positive(frontends, "--frontends"),
         ask=ask,
         log_level=log_level,
     )
@@ -232,8 +246,10 @@ def frontend(
     answers: Answers = AnswerSettings(),
     service: Service = ServiceSettings(),
     discovery: str = "",
+    processes: int = 1,
     http_fd: Descriptor = None,
     join_fd: Descriptor = None,
+    place: Annotated[str, Parameter(show=False)] = "",
     log_level: LogLevel = "warning",
 ) -> None:
     """Serve HTTP, and the registry that workers join; needs PENSTOCK_TOKEN, which these workers need too.
@@ -250,10 +266,13 @@ def frontend(
         A file that says how workers are wired, see docs/topology.md: those with a --device are paired by it.
     discovery
         Where workers are listed, if several frontends share them, as file:FOLDER.
+    processes
+        How many processes share the work, and the port.
     log_level
         The least serious messages to print on standard error.
     """
-    process.log_to_stderr("frontend", log_level)
+    shared = SharedPort.parse(place) if place else None
+    process.log_to_stderr(shared.name if shared is not None else "frontend", log_level)
     listen = replace(listen, api_key=process.api_key(listen.api_key))
     config = FrontendConfig(
         model=find_model(model, model_name),
@@ -263,11 +282,19 @@ def frontend(
         topology=topology,
         answers=answers,
         service=service,
+        process=shared,
     )
     if http_fd is None or join_fd is None:
-        http, registry = sockets.listen_at_both(listen)
+        http, registry = sockets.listen_at_both(listen, positive(processes, "--processes"))
     else:
         http, registry = sockets.adopt(http_fd), sockets.adopt(join_fd)
+    if shared is not None:
+        http = sockets.listen_beside(http)
+    if processes > 1:
+        from penstock.cli.frontends import run_frontends
+
+        asyncio.run(run_frontends(config, processes, log_level, http, registry))
+        return
     from penstock.cli.frontend import run_frontend
 
     process.run(run_frontend(config, http, registry))
@@ -365,6 +392,38 @@ def simulate(
 
     process.log_to_stderr("simulate", "warning")
     simulate_all(simulation, targets, json_file, html)
+
+
+@app.command
+def bench(
+    url: str = "http://127.0.0.1:8000",
+    /,
+    *,
+    asked: Asked = EndpointSettings(),
+    load: Load = LoadSettings(),
+    prompts: Prompts = PromptSettings(),
+    targets: LoadTargets = LoadTargetSettings(),
+    json_file: Annotated[str, Parameter(name="--json", allow_leading_hyphen=True)] = "",
+    html: Path | None = None,
+) -> None:
+    """Measure a server under load: any that speaks OpenAI's API. What the figures mean is in docs/bench.md.
+
+    Ctrl-C ends it, and shows what was measured until then.
+
+    Parameters
+    ----------
+    url
+        Where the server listens, with /v1 at its end or without.
+    json_file
+        Where to write all numbers as JSON; - prints them instead of the table.
+    html
+        Where to write a page with plots.
+    """
+    from penstock.cli.bench import bench as bench_all
+
+    process.log_to_stderr("bench", "warning")
+    asked = replace(asked, api_key=process.api_key(asked.api_key))
+    process.run(bench_all(url, asked, load, prompts, targets, json_file, html))
 
 
 topology_commands = App(name="topology", help="What is wired to what: devices, links, the domains they fail with.")
@@ -468,6 +527,13 @@ def route_explain(
     if bool(request) == last:
         raise SetupError("say which request: its id, or --last, and not both")
     explain(url, process.api_key(""), request, as_json)
+
+
+def positive(count: int, flag: str) -> int:
+    """Raises SetupError for a number of processes that is none."""
+    if count < 1:
+        raise SetupError(f"{flag} {count} serves nobody: give 1 or more")
+    return count
 
 
 def shown(default: object) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 
 from penstock import clock, plugin
 from penstock.cli import process
-from penstock.config import FrontendConfig, ServiceSettings, Tenant, read_tenants
+from penstock.config import FrontendConfig, ServiceSettings, SharedPort, Tenant, read_tenants
 from penstock.discovery.api import Discovery
 from penstock.discovery.file import FileDiscovery
 from penstock.discovery.memory import MemoryDiscovery
@@ -22,9 +24,10 @@ from penstock.policy.routing.ways import Climber, Rung
 from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.generation_config import NO_DEFAULTS, load_defaults
 from penstock.serve.http_server import serve_http
-from penstock.serve.registry import Registry
+from penstock.serve.registry import Registry, tell_nobody
 from penstock.serve.router import Router, ServiceOptions
-from penstock.serve.rpc import Endpoint
+from penstock.serve.rpc import Endpoint, Handler
+from penstock.serve.siblings import Siblings
 from penstock.serve.text import load_tokenizer
 from penstock.topology.file import FileTopology, Options
 from penstock.wire.stream import StreamWire
@@ -45,22 +48,42 @@ async def run_frontend(config: FrontendConfig, http: socket.socket, registry: so
     discovery: Discovery = FileDiscovery(config.leases) if config.leases is not None else MemoryDiscovery()
     stream = StreamWire()
     wires = {"tcp": stream, "unix": stream, "fd": stream}
-    registered = Registry(discovery)
-    methods = {"join": registered.join, "members": registered.members}
+    methods: dict[str, Handler] = {}  # filled in before anybody listens
     endpoint = Endpoint(wires, config.secrets.token, methods)
+    siblings = _siblings(config.process, endpoint, discovery)
+    registered = Registry(discovery, siblings.telling if siblings and config.leases is None else tell_nobody)
     tenants = read_tenants(config.service.tenants)
     keys = {name: tenant.key for name, tenant in tenants.items() if tenant.key is not None}
     defaults = load_defaults(folder) if answers.generation_config else NO_DEFAULTS
     options = FrontendOptions(api_key=config.secrets.api_key, tenant_keys=keys, defaults={config.model.name: defaults})
     service, measured = service_options(config.service, tenants), Metrics()
-    async with (
-        endpoint,
-        endpoint.listen(f"fd:{registry.fileno()}"),
-        Router(discovery, endpoint, rng, route, wiring=wiring, service=service, queued=measured.queue) as router,
-        Frontend(router, {config.model.name: tokenizer}, rng, options, measured) as frontend,
-        serve_http(frontend, http, process.grace_s),
-    ):
+    router = Router(discovery, endpoint, rng, route, wiring=wiring, service=service, queued=measured.queue)
+    frontend = Frontend(router, {config.model.name: tokenizer}, rng, options, measured, siblings)
+    methods |= {"join": registered.join, "members": registered.members, **frontend.methods()}
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(endpoint)
+        await stack.enter_async_context(endpoint.listen(f"fd:{registry.fileno()}"))
+        await stack.enter_async_context(router)
+        await stack.enter_async_context(frontend)
+        if siblings is not None and config.process is not None:
+            methods["relay"] = siblings.relayed
+            await stack.enter_async_context(endpoint.listen(config.process.address))
+            await siblings.wait_caught_up()
+        _spare_collector()
+        await stack.enter_async_context(serve_http(frontend, http, process.grace_s))
         await leave.wait()
+
+
+def _spare_collector() -> None:
+    """Has Python look for cycles in what requests leave behind, and less often: it took a twentieth of a short one."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 50)
+
+
+def _siblings(own: SharedPort | None, endpoint: Endpoint, discovery: Discovery) -> Siblings | None:
+    """The other processes that share this one's port; None if it is alone."""
+    return None if own is None else Siblings(own.name, own.others(), endpoint, discovery)
 
 
 class Placed:

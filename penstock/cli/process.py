@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -124,9 +125,11 @@ def log_to_stderr(name: str, level: str) -> None:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Runs a worker or a frontend on uvloop."""
+    """Runs a worker or a frontend on uvloop, with as many open files, so connections, as it may have."""
     import uvloop
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main)
 

@@ -1,7 +1,7 @@
 """`penstock serve`: the processes of a server on this machine, and what its user is shown of them.
 
 this process     holds the listening sockets, which outlive a frontend that dies
-  |- frontend    HTTP, tokenizer, router, registry
+  |- frontend    HTTP, tokenizer, router, registry; several of them with --frontends
   |- prefill-0   workers, which join the registry as any other would
   `- decode-0    ...
 """
@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import shlex
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, fields
@@ -21,8 +20,9 @@ from pathlib import Path
 from penstock import plugin
 from penstock.cli import process, sockets
 from penstock.cli.client import Client, Json, NoAnswer
+from penstock.cli.frontends import command, frontend_jobs
 from penstock.cli.report import Answered, Asked, AskFailed, Ready, Report, Said, Starting, Stopping
-from penstock.config import AnswerSettings, Model, ServeConfig, ServiceSettings, parse, read_tenants
+from penstock.config import FrontendConfig, Model, ServeConfig, parse, read_tenants
 from penstock.launch.api import Job
 from penstock.launch.local import LocalLauncher
 
@@ -44,13 +44,15 @@ async def serve(config: ServeConfig, report: Report) -> None:
     engine_options = options_of_workers(config)
     plugin.find("policy.routing", config.policy)
     stop = process.stop_requested()
-    http, registry = sockets.listen_at_both(config.listen)
+    http, registry = sockets.listen_at_both(config.listen, config.frontends)
     with http, registry:
         join = sockets.address_of(registry)
         client = Client(*sockets.split_address(sockets.address_of(http)), any_key(config))
         async with LocalLauncher(os.environ) as launcher:
-            report(Starting(config.model.name, 1 + len(config.fleet.roles())))
-            await launcher.start(frontend_job(config, http, registry))
+            report(Starting(config.model.name, config.frontends + len(config.fleet.roles())))
+            frontends = frontend_jobs(frontend_config(config), config.frontends, config.log_level, http, registry)
+            for job in frontends:
+                await launcher.start(job)
             for job in worker_jobs(config, join, engine_options):
                 await launcher.start(job)
             async with asyncio.TaskGroup() as group:
@@ -58,7 +60,8 @@ async def serve(config: ServeConfig, report: Report) -> None:
                 await stop.wait()
                 introduction.cancel()
             report(Stopping())
-            await launcher.stop("frontend")  # first, while its streams still have workers
+            # First, while their streams still have workers.
+            await asyncio.gather(*(launcher.stop(job.name) for job in frontends))
 
 
 def options_of_workers(config: ServeConfig) -> dict[str, str]:
@@ -72,43 +75,22 @@ def options_of_workers(config: ServeConfig) -> dict[str, str]:
     return values
 
 
-def frontend_job(config: ServeConfig, http: socket.socket, registry: socket.socket) -> Job:
-    flags: dict[str, object] = {"http-fd": http.fileno(), "join-fd": registry.fileno(), "policy": config.policy}
-    flags |= service_flags(config.service)
-    flags |= answer_flags(config.answers)
-    if config.topology is not None:
-        flags["topology"] = config.topology.resolve()
-    if config.leases is not None:
-        flags["discovery"] = f"file:{config.leases}"
-    secrets = {"PENSTOCK_TOKEN": config.secrets.token, "PENSTOCK_API_KEY": config.secrets.api_key}
-    return Job("frontend", _command("frontend", config, flags), secrets, (http.fileno(), registry.fileno()))
+def frontend_config(config: ServeConfig) -> FrontendConfig:
+    return FrontendConfig(
+        model=config.model,
+        secrets=config.secrets,
+        leases=config.leases,
+        policy=config.policy,
+        topology=config.topology,
+        service=config.service,
+        answers=config.answers,
+    )
 
 
 def any_key(config: ServeConfig) -> str:
     """One with which this server may be asked; empty where it needs none."""
     tenants = read_tenants(config.service.tenants).values()
     return config.secrets.api_key or next((tenant.key for tenant in tenants if tenant.key is not None), "")
-
-
-def service_flags(service: ServiceSettings) -> dict[str, object]:
-    """Those that make a frontend admit as `service` says."""
-    flags: dict[str, object] = {
-        "ttft-patience": service.ttft_patience,
-        "max-queued": service.max_queued,
-        "affinity-s": service.affinity_s,
-    }
-    if service.ttft_slo is not None:
-        flags["ttft-slo"] = service.ttft_slo
-    if service.tenants is not None:
-        flags["tenants"] = service.tenants.resolve()
-    return flags
-
-
-def answer_flags(answers: AnswerSettings) -> dict[str, object]:
-    """Those that make a frontend answer as `answers` says."""
-    named = {"tool-parser": answers.tool_parser, "reasoning-parser": answers.reasoning_parser}
-    flags: dict[str, object] = {"generation-config": answers.generation_config}
-    return flags | {name: value for name, value in named.items() if value is not None}
 
 
 def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str]) -> Iterator[Job]:
@@ -120,13 +102,8 @@ def worker_jobs(config: ServeConfig, join: str, engine_options: Mapping[str, str
         flags["domain"] = config.kv.domain
     transports = [f"--transport={spec}" for spec in config.kv.transport]
     for name, role in config.fleet.roles().items():
-        command = [*_command("worker", config, {"name": name, "role": role, **flags}), *transports]
-        yield Job(name, command, {"PENSTOCK_TOKEN": config.secrets.token})
-
-
-def _command(name: str, config: ServeConfig, flags: Mapping[str, object]) -> list[str]:
-    common = {"model-name": config.model.name, "log-level": config.log_level}
-    return [name, str(config.model.folder), *(f"--{flag}={value}" for flag, value in {**common, **flags}.items())]
+        arguments = command("worker", config.model, config.log_level, {"name": name, "role": role, **flags})
+        yield Job(name, [*arguments, *transports], {"PENSTOCK_TOKEN": config.secrets.token})
 
 
 async def introduce(config: ServeConfig, client: Client, join: str, launcher: LocalLauncher, report: Report) -> None:

@@ -9,20 +9,28 @@ import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-import msgspec
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from penstock import plugin
-from penstock.cli.output import OnProgress, check_writable, progress, write
+from penstock.cli.output import (
+    STANDARD_OUTPUT,
+    OnProgress,
+    as_json,
+    check_writable,
+    listed,
+    positive,
+    print_table,
+    progress,
+    table_console,
+    write,
+)
+from penstock.columns import Row
 from penstock.config import SimulationSettings, TargetSettings, suggestion
 from penstock.errors import SetupError
 from penstock.sim import cluster_file
@@ -33,13 +41,11 @@ from penstock.sim.record import Recorder
 from penstock.sim.report import Cell, Report, Slo, summarize
 from penstock.sim.simulation import LINK_VERBS, WORKER_VERBS, Fault
 from penstock.sim.simulation import simulate as simulate_one
-from penstock.sim.workloads import named
+from penstock.workloads import named
 
 DEFAULT_WORKLOAD = "mooncake-like"
 DEFAULT_REQUESTS = 500
-PLAIN_WIDTH = 140  # of the table where it is not read on a terminal
 NOTICED = 0.002  # a process tells of its progress once it is so much further
-STANDARD_OUTPUT = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +87,7 @@ def simulate(settings: SimulationSettings, targets: TargetSettings, json_file: s
     if json_file == STANDARD_OUTPUT:
         print(as_json(reports), end="")
     else:
-        console = Console(highlight=False)
-        show(reports, console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH))
-
-
-def as_json(reports: Sequence[Report]) -> str:
-    """One object; a report is a line of it."""
-    lines = ",\n".join(msgspec.json.encode(report).decode() for report in reports)
-    return f'{{"reports":[\n{lines}\n]}}\n'
+        show(reports, table_console())
 
 
 # What is to be played
@@ -118,25 +117,11 @@ def plans(settings: SimulationSettings, targets: TargetSettings) -> list[Plan]:
     ]
 
 
-def listed(flag: str, texts: Sequence[str]) -> list[str]:
-    """What stands between commas, each once. Raises SetupError for nothing."""
-    names = [name.strip() for text in texts for name in text.split(",")]
-    if not names or "" in names:
-        raise SetupError(f"{flag} {','.join(texts)} has a gap: write one or more with commas between")
-    return list(dict.fromkeys(names))
-
-
 def rate(text: str) -> float:
     try:
         return positive("--rate", float(text))
     except ValueError:
         raise SetupError(f"--rate {text} is no number: write factors such as 1,2,4") from None
-
-
-def positive(flag: str, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise SetupError(f"{flag} {value:g} must be above 0")
-    return value
 
 
 def split(text: str) -> tuple[int, int]:
@@ -307,18 +292,12 @@ def show(reports: Sequence[Report], console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-    columns = [column for column in COLUMNS if column.is_brief]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("policy", no_wrap=True)
-    for title in ("rate", "split", *(column.title for column in columns)):
-        table.add_column(title, justify="right", vertical="bottom", overflow="fold")
-    for _, group in groupby(reports, key=lambda report: (report.cell.rate, report.cell.split)):
-        table.add_section()
-        for report in group:
-            told = report.cell
-            texts = (column.text(report) for column in columns)
-            table.add_row(escape(told.policy), f"{told.rate:g}", told.split, *texts)
-    console.print(table)
+    rows = [
+        Row((told.policy, f"{told.rate:g}", told.split), (told.rate, told.split), report)
+        for report in reports
+        for told in (report.cell,)
+    ]
+    print_table(("policy", "rate", "split"), COLUMNS, rows, console)
     for report in reports:
         for line in complaints(report):
             console.print(line, markup=False, soft_wrap=True)

@@ -35,10 +35,15 @@ def is_dialable(host: str) -> bool:
         return True  # a name
 
 
-def listen_at_both(listen: ListenSettings) -> tuple[socket.socket, socket.socket]:
-    """The listening sockets for clients and for workers. Raises UnsafeBind, AddressInUse or SetupError."""
+def listen_at_both(listen: ListenSettings, processes: int = 1) -> tuple[socket.socket, socket.socket]:
+    """The listening sockets for clients and for workers. Raises UnsafeBind, AddressInUse or SetupError.
+
+    For several processes the first one does not listen: each of them does, beside it.
+    """
     check_exposure(listen)
     http = listen_at(listen.host, listen.port, "--port")
+    if processes > 1:
+        http = _share(http)
     try:
         join_port = listen.join_port_after(port_of(http))
         return http, listen_at(listen.join_host, join_port, "--join-port")
@@ -65,6 +70,31 @@ def listen_at(host: str, port: int, flag: str) -> socket.socket:
             f"port {port} of {host} is in use: stop who listens there, or choose another with {flag}"
         ) from error
     return listener
+
+
+def _share(listener: socket.socket) -> socket.socket:
+    """Holds the address of a listening socket, which showed that nobody else listens there, and ends that."""
+    address = listener.getsockname()
+    listener.close()
+    return _bind_shared(listener.family, address)
+
+
+def listen_beside(holder: socket.socket) -> socket.socket:
+    """A listening socket of one of several processes, at the address that their parent holds.
+
+    The kernel deals connections out among those that listen, so none waits for a process that died.
+    """
+    listener = _bind_shared(holder.family, holder.getsockname())
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _bind_shared(family: int, address: tuple[object, ...]) -> socket.socket:
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(address)
+    return bound
 
 
 def adopt(descriptor: int) -> socket.socket:

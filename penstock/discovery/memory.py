@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from penstock.cluster import Member, Standing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Lease:
+    """What was said last of a worker; it belongs to the announcement that said it."""
+
     standing: Standing
-    expiry: asyncio.TimerHandle
+    expiry: asyncio.TimerHandle | None = None
 
 
 class MemoryDiscovery:
@@ -26,11 +28,13 @@ class MemoryDiscovery:
 
     @asynccontextmanager
     async def announce(self, member: Member) -> AsyncIterator[MemoryAnnouncement]:
-        self._put(Standing(member))
+        """Leaving takes the entry away, unless another announcement of the same incarnation has renewed it since."""
+        announcement = MemoryAnnouncement(self)
+        await announcement.renew(Standing(member))
         try:
-            yield MemoryAnnouncement(self)
+            yield announcement
         finally:
-            self._drop(member)
+            announcement.leave()
 
     async def watch(self) -> AsyncIterator[dict[str, Standing]]:
         while True:
@@ -38,24 +42,26 @@ class MemoryDiscovery:
             yield {worker: lease.standing for worker, lease in self._leases.items()}
             await changed.wait()
 
-    def _put(self, standing: Standing) -> None:
-        member = standing.member
+    def _put(self, standing: Standing) -> _Lease:
+        member, lease = standing.member, _Lease(standing)
         current = self._leases.get(member.worker)
         if current is not None and current.standing.member.epoch > member.epoch:
-            return  # an earlier incarnation that does not know yet that it was replaced
-        if current is not None:
+            return lease  # of an earlier incarnation that does not know yet that it was replaced
+        if current is not None and current.expiry is not None:
             current.expiry.cancel()
-        expiry = asyncio.get_running_loop().call_later(self.ttl_s, self._drop, member)
-        self._leases[member.worker] = _Lease(standing, expiry)
+        lease.expiry = asyncio.get_running_loop().call_later(self.ttl_s, self._drop, lease)
+        self._leases[member.worker] = lease
         self._tell()
+        return lease
 
-    def _drop(self, member: Member) -> None:
-        """Takes out the entry of this incarnation, unless another one has taken its place."""
-        current = self._leases.get(member.worker)
-        if current is None or current.standing.member.epoch != member.epoch:
+    def _drop(self, lease: _Lease) -> None:
+        """Takes out the entry, unless another one has taken its place."""
+        worker = lease.standing.member.worker
+        if self._leases.get(worker) is not lease:
             return
-        current.expiry.cancel()
-        del self._leases[member.worker]
+        if lease.expiry is not None:
+            lease.expiry.cancel()
+        del self._leases[worker]
         self._tell()
 
     def _tell(self) -> None:
@@ -68,6 +74,11 @@ class MemoryAnnouncement:
 
     def __init__(self, discovery: MemoryDiscovery) -> None:
         self._discovery = discovery
+        self._lease: _Lease | None = None
 
     async def renew(self, standing: Standing) -> None:
-        self._discovery._put(standing)
+        self._lease = self._discovery._put(standing)
+
+    def leave(self) -> None:
+        if self._lease is not None:
+            self._discovery._drop(self._lease)

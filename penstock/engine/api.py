@@ -8,16 +8,20 @@ port at the level of whole sequences instead.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from penstock.blocks import BlockId, KvLayout, Region
+from penstock.errors import PenstockError
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 from penstock.tokens import Tokens
 
-FEATURES = ("logprobs", "sampling")  # what an engine may lack; requests that need it are refused with a 400
+# What an engine may lack; requests that need it are refused with a 400. "sampling" draws from the model's distribution
+# or a part of it, "penalties" changes the distribution: penalties, biases and bad words. Every engine has seeds,
+# min_tokens, stop_token_ids and ignore_eos. "guide" holds the output to a schema, an expression or a grammar.
+FEATURES = ("logprobs", "sampling", "penalties", "prompt_logprobs", "guide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class Slice:
     reads. Positions before `start` have been computed; the engine writes KV of the rest into the table's blocks, and no
     other byte of the region.
     With `sampling` the engine also samples the token that follows; `start + len(tokens)` is its position. What that may
-    depend on besides the logits is in `past`.
+    depend on besides the logits is in `past`. With `scores` it also tells how likely each prompt token was that follows
+    one of `tokens`, beside so many of the likeliest in its place, see `ScoringEngine`.
     """
 
     tokens: Sequence[int]
@@ -73,6 +78,7 @@ class Slice:
     blocks: Sequence[BlockId]
     sampling: Sampling | None = None
     past: Past = NO_PAST
+    scores: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,17 @@ class Step:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", sum(len(s.tokens) for s in self.slices))
+
+
+class SequencesFailed(Exception):
+    """Some of a step's sequences cannot go on, whatever else is in their step; the step does not count for any.
+
+    `errors` says why, by `Past.sequence`. Without these the step may be tried again.
+    """
+
+    def __init__(self, errors: Mapping[str, PenstockError]) -> None:
+        super().__init__(", ".join(f"{sequence}: {error}" for sequence, error in errors.items()))
+        self.errors = errors
 
 
 class Engine(Protocol):
@@ -111,7 +128,7 @@ class Engine(Protocol):
         """One token for each slice with `sampling`, else None, in order.
 
         Cancelling the await does not stop the computation: the caller shields it and waits, since the memory is
-        being written until it returns. Raises EngineFailed.
+        being written until it returns. Raises EngineFailed, or SequencesFailed where it is for some of them alone.
         """
         ...
 
@@ -132,5 +149,25 @@ class MultiStepEngine(Engine, Protocol):
         """Lets the `decode` that was called last, even if it has not begun, end with the step it is at.
 
         Called only between that call and its return.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a step told of one slice: the token sampled, if one was, and the prompt's tokens with log probabilities."""
+
+    sampled: Token | None
+    prompt: Sequence[Token] = ()
+
+
+@runtime_checkable
+class ScoringEngine(Engine, Protocol):
+    """An engine that can tell log probabilities of the prompt: it supports "prompt_logprobs"."""
+
+    async def score(self, step: Step) -> list[Scored]:
+        """As `step`, and of each slice with `scores` the prompt's tokens at positions `start + 1` to its end + 1.
+
+        Of a prompt that is computed in several slices, one after the other, each token but the first is told once.
         """
         ...

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self, TypeVar, TypeVarTuple
 
 from penstock.blocks import Region
-from penstock.engine.api import EngineInfo, Step
+from penstock.engine.api import EngineInfo, Scored, SequencesFailed, Step
 from penstock.engine.embedded_options import Options
 from penstock.errors import EngineFailed, MissingExtra
 from penstock.request import Token
@@ -31,7 +31,7 @@ Args = TypeVarTuple("Args")
 
 
 class EmbeddedEngine:
-    """Implements `api.Engine`."""
+    """Implements `api.ScoringEngine`."""
 
     def __init__(self, options: Options) -> None:
         """Reads the model's configuration. Raises SetupError of some kind."""
@@ -77,15 +77,20 @@ class EmbeddedEngine:
         self._pools.pop(key, None)
 
     async def step(self, step: Step) -> list[Token | None]:
-        return await self._in_thread(self._compute, step)
+        return await self._in_thread(self._work, step, lambda model, pool: model.compute(step.slices, pool))
 
-    def _compute(self, step: Step) -> list[Token | None]:
+    async def score(self, step: Step) -> list[Scored]:
+        return await self._in_thread(self._work, step, lambda model, pool: model.score(step.slices, pool))
+
+    def _work(self, step: Step, compute: Callable[[LoadedModel, Pool], T]) -> T:
         if self._model is None or step.region.key not in self._pools:
             raise EngineFailed(f"the engine is not attached to region {step.region.key}")
         try:
-            return self._model.compute(step.slices, self._pools[step.region.key])
+            return compute(self._model, self._pools[step.region.key])
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold views of the region, which may be unmapped
+            if isinstance(error, SequencesFailed):
+                raise
             what = f"{type(error).__name__}: {error}"
             raise EngineFailed(f"a step of {step.tokens} tokens raised {what}") from error
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from penstock.blocks import BlockId, Keeps, KvLayout, Region, deal_layers
-from penstock.engine.api import EngineInfo, Slice
+from penstock.engine.api import FEATURES, EngineInfo, Scored, Slice
 from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
-from penstock.engine.embedded_batch import Geometry, build
+from penstock.engine.embedded_batch import Batch, Geometry, build
+from penstock.engine.embedded_guides import Guides, read_tokenizer
 from penstock.engine.embedded_options import Options
 from penstock.engine.embedded_products import pack
-from penstock.engine.embedded_sampling import Draw, sample
+from penstock.engine.embedded_sampling import Draw, Sampler, check_finite, with_logprobs
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
 from penstock.policy.latency.device import cpu
 from penstock.policy.latency.roofline import Roofline
@@ -34,10 +35,14 @@ from penstock.policy.latency.shape import shape_of
 from penstock.policy.latency.steps import UNKNOWN, StepModel
 from penstock.request import Sampling, Token
 
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
 _SERVED = (
     "served are decoders that cache one shape in all layers: Llama, Qwen, Mistral, Gemma 3, gpt-oss, DeepSeek-V3..."
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SCORED_LOGITS = 1 << 25  # computed at once for log probabilities of a prompt: 128 MiB in float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = {torch.float32: 0.001, torch.bfloat16: 0.3, torch.float16: 0.3}  # see `_error`; other attention: about 1
 
@@ -50,6 +55,7 @@ class Checkpoint:
     config: PreTrainedConfig
     geometry: Geometry
     info: EngineInfo
+    tokenizer: LLTokenizer | None  # as guides need it
 
 
 # While from_pretrained runs, transformers patches its own classes for the whole process; two at a time leave a patch
@@ -66,18 +72,21 @@ def read(options: Options) -> Checkpoint:
     text = config.get_text_config(decoder=True)
     architecture = _supported_architecture(model, config, text)
     geometry = _geometry(config, text, options)
+    eos_token_ids = _eos_token_ids(model, text)
+    tokenizer = read_tokenizer(model, text.vocab_size, eos_token_ids)
     info = EngineInfo(
         name="embedded",
         model=model,
         layout=geometry.layout,
         vocab_size=text.vocab_size,
         max_context_tokens=_context_limit(text, options),
-        eos_token_ids=_eos_token_ids(model, text),
+        eos_token_ids=eos_token_ids,
         device=str(geometry.device),
         shares_memory=geometry.device.type == "cpu",
+        supports=FEATURES if tokenizer else tuple(feature for feature in FEATURES if feature != "guide"),
         step_prior=_step_prior(text, geometry, options),
     )
-    return Checkpoint(architecture, config, geometry, info)
+    return Checkpoint(architecture, config, geometry, info, tokenizer)
 
 
 def _step_prior(text: PreTrainedConfig, geometry: Geometry, options: Options) -> StepModel:
@@ -115,7 +124,7 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UnreadableModel(f"{folder} lacks {len(missing)} weights of its architecture, such as {missing[0]}")
-    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint.geometry)
+    loaded = LoadedModel(model.to(checkpoint.geometry.device).eval(), checkpoint)
     _try_out(loaded, checkpoint)
     return loaded
 
@@ -123,10 +132,12 @@ def load(checkpoint: Checkpoint, threads: int | None) -> LoadedModel:
 class LoadedModel:
     """Weights, and the arithmetic of one step. Used from one thread."""
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self._model = model
-        self._geometry = geometry
+        self._geometry = checkpoint.geometry
         self._scratch = Scratch()
+        self._sampler = Sampler(checkpoint.info.eos_token_ids, Guides(checkpoint.tokenizer))
+        self._scored_tokens = max(1, _SCORED_LOGITS // checkpoint.info.vocab_size)
 
     def kv_room_bytes(self) -> int:
         """Most of what the GPU has free now; the rest is for activations. 0 on the CPU."""
@@ -143,28 +154,17 @@ class LoadedModel:
     def compute(self, slices: Sequence[Slice], pool: Pool) -> list[Token | None]:
         """One forward pass; a token for each slice with `sampling`, in order."""
         logits = self.logits(slices, pool)
-        asked = [Draw(s.sampling, s.start + len(s.tokens)) for s in slices if s.sampling is not None]
+        asked = [Draw(s.sampling, s.start + len(s.tokens), s.past) for s in slices if s.sampling is not None]
         if len(logits) != len(asked):
             raise ValueError(f"the model gave logits for {len(logits)} tokens, asked for {len(asked)}")
-        tokens = iter(sample(logits, asked) if asked else ())
+        tokens = iter(self._sampler.sample(logits, asked) if asked else ())
         return [None if s.sampling is None else next(tokens) for s in slices]
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[Slice], pool: Pool) -> Tensor:
         """One forward pass; [slices with `sampling`, vocabulary]."""
         batch = build(slices, self._geometry)
-        paged = Paged(pool, batch, self._scratch)
-        paged.clear_fresh()
-        output = self._model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            past_key_values=paged,
-            use_cache=True,
-            logits_to_keep=batch.sampled,
-            paged=paged,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
+        return self._forward(batch, batch.sampled, pool)
 
     def pack(self, tokens: Sequence[int]) -> Tensor:
         """Lays out weights for this CPU, as a pass over `tokens` shows they are used; its `own_logits`."""
@@ -180,6 +180,51 @@ class LoadedModel:
             self._model.set_attn_implementation(NAME)
         logits: Tensor = output.logits[0]
         return logits
+
+    def score(self, slices: Sequence[Slice], pool: Pool) -> list[Scored]:
+        """One forward pass for all slices without `scores`, and others for the rest: logits of prompts are large."""
+        plain = [part for part in slices if part.scores is None]
+        sampled = iter(self.compute(plain, pool) if plain else ())
+        return [Scored(next(sampled)) if s.scores is None else self._score(s, s.scores, pool) for s in slices]
+
+    @torch.inference_mode()
+    def _score(self, part: Slice, top: int, pool: Pool) -> Scored:
+        told: list[Token] = []
+        sampled: Token | None = None
+        for piece in _pieces(part, self._scored_tokens):
+            batch = build([piece], self._geometry)
+            logits = self._forward(batch, torch.arange(len(piece.tokens), device=self._geometry.device), pool).float()
+            end = piece.start + len(piece.tokens)
+            check_finite(logits.amax(-1), range(piece.start + 1, end + 1))
+            follow = piece.past.tokens[piece.start + 1 : min(end + 1, piece.past.prompt_tokens)]
+            if follow:
+                told += with_logprobs(logits[: len(follow)], follow, [top] * len(follow))
+            if piece.sampling is not None:
+                (sampled,) = self._sampler.sample(logits[-1:], [Draw(piece.sampling, end, piece.past)])
+        return Scored(sampled, told)
+
+    def _forward(self, batch: Batch, keep: Tensor, pool: Pool) -> Tensor:
+        """The logits [kept, vocabulary] after tokens `keep` of the batch's row."""
+        paged = Paged(pool, batch, self._scratch)
+        paged.clear_fresh()
+        output = self._model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            past_key_values=paged,
+            use_cache=True,
+            logits_to_keep=keep,
+            paged=paged,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def _pieces(part: Slice, most_tokens: int) -> Iterator[Slice]:
+    """The slice as several, one after the other; the last samples what it does."""
+    for at in range(0, len(part.tokens), most_tokens):
+        tokens = part.tokens[at : at + most_tokens]
+        is_last = at + most_tokens >= len(part.tokens)
+        yield replace(part, tokens=tokens, start=part.start + at, sampling=part.sampling if is_last else None)
 
 
 def map_region(region: Region, geometry: Geometry) -> Pool:

@@ -48,8 +48,8 @@ class SideBySide:
     """
 
     def __init__(self, plains: Sequence[nn.Linear]) -> None:
-        weights: list[Tensor] = [plain.weight for plain in plains]
-        biases = [plain.bias for plain in plains if plain.bias is not None]
+        weights = tuple(plain.weight for plain in plains)
+        biases = tuple(plain.bias for plain in plains if plain.bias is not None)
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
         self.bias = torch.cat(biases) if biases else None
         self.sizes = [plain.out_features for plain in plains]

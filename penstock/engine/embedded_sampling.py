@@ -1,6 +1,11 @@
-"""Chooses tokens from logits: greedy, or by temperature, top_k and top_p; and their log probabilities.
+"""Chooses tokens from logits, and tells their log probabilities. The order is vLLM's:
 
-Rows do not see each other: the same logits, sampling and position give the same token alone or in any batch.
+    the model's logits -> log probabilities, if asked for
+        -> bans, biases and penalties, see embedded_penalties
+        -> what a guide rules out, see embedded_guides
+        -> greedy, or temperature -> min_p -> top_k -> top_p -> one draw
+
+Rows do not see each other: the same logits, sampling, past and position give the same token alone or in any batch.
 """
 
 from __future__ import annotations
@@ -12,49 +17,95 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from penstock.engine.api import NO_PAST, Past
 from penstock.engine.chance import uniform
+from penstock.engine.embedded_guides import Guides
+from penstock.engine.embedded_penalties import Penalties
 from penstock.request import Sampling, Token
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One row of logits: how to choose from it, and the position of the token that is chosen."""
+    """One row of logits: how to choose from it, the position of the token that is chosen, and those before it."""
 
     sampling: Sampling
     position: int
+    past: Past = NO_PAST
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Token]:
-    """One token for each row of `logits` [rows, vocabulary], of any floating dtype.
+class Sampler:
+    """Of one model. Used from one thread."""
 
-    Raises ValueError where a row holds no distribution: damaged keys and values, or a dtype that overflowed.
-    """
-    logits = logits.float()
-    best, ids = _best(logits)
+    def __init__(self, eos_token_ids: Sequence[int] = (), guides: Guides | None = None) -> None:
+        self._penalties = Penalties(eos_token_ids)
+        self._guides = guides or Guides(None)
+
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Token]:
+        """One token for each row of `logits` [rows, vocabulary], of any floating dtype.
+
+        Raises ValueError where a row holds no distribution: damaged keys and values, or a dtype that overflowed.
+        Raises SequencesFailed for guides that cannot be followed.
+        """
+        mask = self._guides.mask([(draw.sampling, draw.past) for draw in draws], logits)  # a GPU still computes
+        logits = logits.float()
+        greedy = _best(logits)
+        check_finite(logits.gather(-1, greedy[:, None])[:, 0], [draw.position for draw in draws])
+        shaped = self._shape(logits, draws)
+        if mask is not None:
+            shaped = mask.apply(shaped, logits)
+        if shaped is not logits:
+            greedy = _best(shaped)
+        return _tell(logits, _choose(shaped, greedy, draws), draws)
+
+    def _shape(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """With all that applies to greedy choices as well; `logits` itself where no row asks for any.
+
+        A row that would be left without a token stays as the model has it.
+        """
+        rows = [row for row, draw in enumerate(draws) if self._penalties.are_due(draw.sampling, draw.past)]
+        if not rows:
+            return logits
+        index = torch.tensor(rows, device=logits.device)
+        changed = logits[index]
+        self._penalties.apply(changed, [(draws[row].sampling, draws[row].past) for row in rows])
+        empty = ~changed.amax(-1).isfinite()
+        if empty.any():
+            changed[empty] = logits[index[empty]]
+        return logits.index_copy(0, index, changed)
+
+
+def _best(logits: Tensor) -> Tensor:
+    """The first token with each row's highest logit. A NaN counts as highest."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))  # torch's own takes ten times as long on the CPU
+
+
+def check_finite(best: Tensor, positions: Sequence[int]) -> None:
+    """Raises ValueError unless the largest logit of each row is a number."""
     if not best.isfinite().all():
-        positions = [draw.position for draw, top in zip(draws, best.tolist(), strict=True) if not isfinite(top)]
-        raise ValueError(f"the logits for positions {positions} of their sequences are not finite")
+        damaged = [position for position, top in zip(positions, best.tolist(), strict=True) if not isfinite(top)]
+        raise ValueError(f"the logits for positions {damaged} of their sequences are not finite")
+
+
+def _choose(logits: Tensor, greedy: Tensor, draws: Sequence[Draw]) -> list[int]:
+    ids: list[int] = greedy.tolist()
     chance = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if chance:
         for row, drawn in zip(chance, _draw(logits[chance], [draws[row] for row in chance]), strict=True):
             ids[row] = drawn
+    return ids
+
+
+def _tell(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> list[Token]:
+    """The tokens `ids`, with log probabilities where they were asked for: the model's own, from its `logits`."""
     tokens = [Token(chosen) for chosen in ids]
     asked = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
     if asked:
         tops = [draws[row].sampling.logprobs or 0 for row in asked]
-        with_logprobs = _with_logprobs(logits[asked], [ids[row] for row in asked], tops)
-        for row, token in zip(asked, with_logprobs, strict=True):
+        for row, token in zip(asked, with_logprobs(logits[asked], [ids[row] for row in asked], tops), strict=True):
             tokens[row] = token
     return tokens
-
-
-def _best(logits: Tensor) -> tuple[Tensor, list[int]]:
-    """Each row's highest logit, and the first token that has it. A NaN counts as highest."""
-    if logits.device.type != "cpu":
-        best, greedy = logits.max(-1)
-        return best, greedy.tolist()
-    greedy = torch.from_numpy(logits.numpy().argmax(-1))  # ten times as quick as torch's on the CPU
-    return logits.gather(-1, greedy[:, None])[:, 0], greedy.tolist()
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -66,6 +117,8 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     samplings = [draw.sampling for draw in draws]
     temperatures = logits.new_tensor([s.temperature for s in samplings])[:, None]
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
+    if any(s.min_p for s in samplings):  # of the likeliest, whose logit is 0 here
+        scaled = scaled.masked_fill(scaled < logits.new_tensor([s.min_p for s in samplings]).log()[:, None], -torch.inf)
     narrowed = [row for row, s in enumerate(samplings) if s.top_k > 0 or s.top_p < 1]
     if narrowed:
         scaled[narrowed] = _narrow(scaled[narrowed], [samplings[row] for row in narrowed])
@@ -92,7 +145,7 @@ def _narrow(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return torch.empty_like(scaled).scatter_(-1, ids, ordered)
 
 
-def _with_logprobs(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Token]:
+def with_logprobs(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Token]:
     """The tokens `ids` with natural log probabilities of the model's own distribution, and the likeliest `tops`."""
     logprobs = logits.log_softmax(-1)
     own: list[float] = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()

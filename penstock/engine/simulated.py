@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -46,7 +47,7 @@ class Options:
     prefill_token_s: float = 20e-6
     decode_sequence_s: float = 100e-6
     pieces: int = 2  # in how many parts a step's writes are spread over its time
-    most_steps: int = 16  # that one call of `decode` computes
+    most_steps: int = 1  # that one call of `decode` computes; their tokens come together
 
 
 class _Sizes(msgspec.Struct):
@@ -56,7 +57,7 @@ class _Sizes(msgspec.Struct):
 
 
 class SimulatedEngine:
-    """Meets the Engine port. Of sampling only the seed matters, and whether the temperature is 0."""
+    """Meets the Engine port. Of sampling only the seed matters, whether the temperature is 0, and `min_tokens`."""
 
     def __init__(self, options: Options) -> None:
         self._options = options = _complete(options)
@@ -141,7 +142,7 @@ class SimulatedEngine:
             start = first - column * memory.shape[2]
             fingerprints = memory[tables[column:, group], 0].reshape(-1)[start : start + length - first]
             digest += int(np.dot(fingerprints, self._weights[first:length]))
-        return _token(digest, length, part.sampling, self._options)
+        return _token(digest, length, part.sampling, length - part.past.prompt_tokens, self._options)
 
 
 def _next(part: Slice, token: Token) -> Slice:
@@ -161,17 +162,17 @@ def expected_tokens(prompt: Sequence[int], sampling: Sampling, options: Options)
     tokens = list(prompt)
     weights = _weights(options.max_context_tokens)
     chains = [_Chain(group, keeps) for group, keeps in enumerate(options.keeps)]
-    for chain in chains:
+    for each in chains:
         for token in tokens:
-            chain.add(token, weights)
+            each.add(token, weights)
     output: list[int] = []
     while len(output) < sampling.max_tokens and len(tokens) < options.max_context_tokens:
-        token = _token(sum(chain.digest for chain in chains), len(tokens), sampling, options).id
+        token = _token(sum(each.digest for each in chains), len(tokens), sampling, len(output), options).id
         output.append(token)
         tokens.append(token)
         if len(tokens) < options.max_context_tokens:
-            for chain in chains:
-                chain.add(token, weights)
+            for each in chains:
+                each.add(token, weights)
     return output
 
 
@@ -239,12 +240,22 @@ def _write(memory: Words, part: Slice, group: int, piece: int, options: Options)
         memory[block, 1, offset] = token
 
 
-def _token(digest: int, position: int, sampling: Sampling | None, options: Options) -> Token:
+def _token(digest: int, position: int, sampling: Sampling | None, outputs: int, options: Options) -> Token:
+    """`outputs` tokens of the sequence are output."""
     salt = 0
     if sampling is not None and sampling.temperature > 0:
         salt = mix(sampling.seed & _MASK) ^ mix(sampling.choice + 1)
     drawn = mix((digest + position) & _MASK ^ salt)
-    return Token(options.first_token + drawn % (options.vocab_size - options.first_token))
+    token = options.first_token + drawn % (options.vocab_size - options.first_token)
+    if sampling is not None and outputs < sampling.min_tokens and token in sampling.stop_token_ids:
+        token = _other(token, sampling.stop_token_ids, options)
+    return Token(token)
+
+
+def _other(token: int, banned: Sequence[int], options: Options) -> int:
+    """The next one after `token` that is not banned; itself if all are."""
+    later = chain(range(token + 1, options.vocab_size), range(options.first_token, token))
+    return next((other for other in later if other not in banned), token)
 
 
 ENGINE = SimulatedEngine

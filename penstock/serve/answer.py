@@ -97,17 +97,15 @@ class Answer:
         self.ask = manner.ask
         self.arrived_s = manner.arrived_s
         self._manner = manner
-        self.choices = [
-            Choice(manner, index, request, prompts[index // self.ask.best_of]) for index, request in enumerate(requests)
-        ]
+        self.choices: list[Choice] = []
+        for index, request in enumerate(requests):
+            prompt, number = divmod(index, self.ask.best_of)
+            leader = self.choices[index - number] if number else None
+            self.choices.append(Choice(manner, index, request, prompts[prompt], leader))
 
     @property
     def timeout_s(self) -> float:
         return self.choices[0].request.timeout_s
-
-    def leader_of(self, choice: Choice) -> Choice:
-        """The first choice of the same prompt: the others find its blocks cached."""
-        return self.choices[choice.index - choice.index % self.ask.best_of]
 
     def closing(self) -> bytes:
         """The events after those of all choices."""
@@ -145,7 +143,7 @@ class Answer:
         return [one for same in by_prompt for one in sorted(same, key=lambda each: -each.mean_logprob)[:n]]
 
     def _usage(self) -> Usage:
-        leaders = [choice for choice in self.choices if choice is self.leader_of(choice)]
+        leaders = [choice for choice in self.choices if choice.leader is None]
         cached = [choice.cached_tokens for choice in leaders]
         known = [tokens for tokens in cached if tokens is not None]
         return Usage(
@@ -158,10 +156,12 @@ class Answer:
 class Choice:
     """One output of an answer."""
 
-    def __init__(self, manner: Manner, index: int, request: Request, prompt: Told) -> None:
+    def __init__(self, manner: Manner, index: int, request: Request, prompt: Told, leader: Choice | None) -> None:
+        """`leader` is the first choice of the same prompt; None: this is it."""
         heading = manner.heading
         self.index = index
         self.request = request
+        self.leader = leader
         self.tokens = 0  # of output, that count as used
         self.is_complete = False
         self.has_begun = asyncio.Event()
@@ -239,7 +239,7 @@ class Choice:
     def of_prompt(self) -> Fields:
         """What was asked to be told of the prompt."""
         more: Fields = {}
-        if self.request.sampling.prompt_logprobs is not None and not self._ask.echoes:
+        if "prompt_logprobs" in self._ask.given and not self._ask.echoes:
             more["prompt_logprobs"] = [None, *map(self._scored, self.prompt_logprobs)]
         if self._ask.shows_token_ids:
             more["prompt_token_ids"] = list(unpack(self.request.prompt))
@@ -252,7 +252,7 @@ class Choice:
 
     def begin(self, prompt_logprobs: Sequence[Token] | None) -> None:
         """The first token is there, and what was told with it."""
-        self.prompt_logprobs = prompt_logprobs or ()
+        self.prompt_logprobs = prompt_logprobs or (self.leader.prompt_logprobs if self.leader else ())
         self.has_begun.set()
 
     def collect(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> None:

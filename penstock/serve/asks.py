@@ -18,7 +18,8 @@ from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Sampling
 from penstock.serve.chat_template import Chat, Message
 from penstock.serve.fields import convert, join
-from penstock.serve.tools import Tools, for_template, parse_tools
+from penstock.serve.guides import FIELDS, check, find_guide, schema_guide
+from penstock.serve.tools import Schema, Tools, for_template, parse_tools
 
 T = TypeVar("T")
 
@@ -103,6 +104,12 @@ _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
 _Tops = Annotated[int, Meta(ge=0, le=20)]
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+# What is parsed in a second step, so that an error can say where it is wrong. `openapi` describes it by SHAPES.
+RawMessage = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})]
+_RawPart = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/TextPart"})]
+_RawPrompt = Annotated[object, Meta(extra_json_schema={"type": ["integer", "string", "array"]})]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -141,6 +148,12 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, object] | None = None
+    structured_outputs: dict[str, object] | None = None
+    guided_json: dict[str, object] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     user: str | None = None  # this and the next two are hints that by the standard change no answer
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None  # taken for the name of a session
@@ -150,7 +163,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[dict[str, object]], Meta(min_length=1)]
+    messages: Annotated[list[RawMessage], Meta(min_length=1)]
     max_completion_tokens: _Count | None = None
     tools: list[object] | None = None
     tool_choice: str | dict[str, object] | None = None
@@ -166,7 +179,7 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    prompt: Annotated[str, Meta(min_length=1)] | Annotated[list[object], Meta(min_length=1)]
+    prompt: Annotated[str, Meta(min_length=1)] | Annotated[list[_RawPrompt], Meta(min_length=1)]
     logprobs: _Tops | None = None
     best_of: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     echo: bool | None = None
@@ -174,8 +187,8 @@ class CompletionBody(Body):
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str | list[dict[str, object]] | None = None
+    role: Annotated[str, Meta(extra_json_schema={"enum": [*_ROLES]})]
+    content: str | list[_RawPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, object]] | None = None
@@ -184,7 +197,7 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str
 
 
@@ -196,7 +209,6 @@ IDLE_FIELDS: Idle = {
     "functions": ([],),
     "length_penalty": (1,),
     "metadata": ({},),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "use_beam_search": (False,),
@@ -220,7 +232,13 @@ IDLE_IN_MESSAGES: Idle = {
     "function_call": (),
     "refusal": (),
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+# What `openapi` describes: the structs that requests are parsed with, and what each takes besides.
+SHAPES: Mapping[type[msgspec.Struct], Idle] = {
+    ChatBody: IDLE_IN_CHATS,
+    CompletionBody: IDLE_IN_COMPLETIONS,
+    _Message: IDLE_IN_MESSAGES,
+    _TextPart: {},
+}
 
 
 # From bytes to an Ask.
@@ -238,9 +256,11 @@ def parse_chat(body: bytes) -> Ask:
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens
     tools = parse_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    if (schema := tools.schema()) is not None:
+        ask = _with_forced_call(ask, schema)
     return msgspec.structs.replace(
         ask,
-        chat=_parse_conversation(fields, tools),
+        chat=conversation_of(fields, tools),
         tools=tools,
         shows_reasoning=fields.include_reasoning is not False,
         max_tokens=max_tokens,
@@ -279,7 +299,18 @@ def read_body(body: bytes, shape: type[T]) -> T:
     return convert(_load(body), shape, "")
 
 
-def _parse_conversation(fields: ChatBody, tools: Tools) -> Chat:
+def _with_forced_call(ask: Ask, schema: Schema) -> Ask:
+    """The whole answer is a call, whatever the model's own way of calling."""
+    if "guide" in ask.given:
+        raise BadRequest("tool_choice asks for a call, and the output is guided already; leave one out", "tool_choice")
+    guide = schema_guide(schema)
+    check(guide, "tools")
+    given = ask.given | {"guide": guide}
+    return msgspec.structs.replace(ask, given=given, needs=(*ask.needs, ("guide", "tool_choice")))
+
+
+def conversation_of(fields: ChatBody, tools: Tools) -> Chat:
+    """What the template is told. Raises BadRequest or Unsupported."""
     effort = {} if fields.reasoning_effort is None else {"reasoning_effort": fields.reasoning_effort}
     if fields.add_generation_prompt and fields.continue_final_message:
         raise BadRequest(
@@ -287,18 +318,13 @@ def _parse_conversation(fields: ChatBody, tools: Tools) -> Chat:
             "continue_final_message",
         )
     return Chat(
-        parse_messages(fields.messages),
+        [_parse_message(message, f"messages[{i}]") for i, message in enumerate(fields.messages)],
         tools=[tool.for_template() for tool in tools.offered] if tools.choice.mode != "none" else (),
         documents=fields.documents or (),
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=bool(fields.continue_final_message),
         template_kwargs=effort | (fields.chat_template_kwargs or {}),
     )
-
-
-def parse_messages(messages: Sequence[dict[str, object]]) -> list[Message]:
-    """Of a conversation. Raises BadRequest or Unsupported."""
-    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _load(body: bytes) -> dict[str, object]:
@@ -376,9 +402,10 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         raise BadRequest("prompt_logprobs are told with a whole answer: leave stream out", "prompt_logprobs")
     stop = fields.stop
     n = fields.n or 1
+    asked = find_guide({name: value for name in FIELDS if (value := getattr(fields, name)) is not None})
     return Ask(
         model=fields.model,
-        given=_given(fields, logprobs),
+        given=_given(fields, logprobs) | ({} if asked is None else {"guide": asked.guide}),
         seed=None if fields.seed is None else fields.seed & SEED_MASK,
         bad_words=tuple(fields.bad_words or ()),
         n=n,
@@ -395,7 +422,7 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         priority=fields.priority or 0,
         session=(fields.prompt_cache_key or "")[:SESSION_CHARS],
         salt=fields.cache_salt or "",
-        needs=_needs(fields, logprobs),
+        needs=_needs(fields, logprobs) + (() if asked is None else (("guide", asked.field),)),
     )
 
 

@@ -17,7 +17,15 @@ import msgspec
 from penstock import clock
 from penstock.cluster import Member
 from penstock.engine.api import Past
-from penstock.errors import BadRequest, DeadlineExceeded, Overloaded, PenstockError, PromptTooLong, WorkerDraining
+from penstock.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Overloaded,
+    PenstockError,
+    PromptTooLong,
+    Unsupported,
+    WorkerDraining,
+)
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.routing import is_worth_asking
 from penstock.request import Finish, FinishReason, Hop, Plan, Request, Timeline, Token
@@ -31,6 +39,7 @@ from penstock.tokens import pack, unpack
 
 log = logging.getLogger(__name__)
 
+MOST_PROMPT_LOGPROBS = 1 << 21  # that are told of one prompt: half of what fits into a frame
 BEATS_PER_LEASE = 4  # how often a prefill worker says that it lives, while it may stay silent
 
 
@@ -45,13 +54,15 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """Tokens since the last one, and the end of the sequence with its last.
 
     `so_far` comes with the first token, and once the KV of the whole prompt was read: for streams that stop before the
-    end, or move. Tokens of several steps were sampled at even paces over the last `over_s` seconds.
+    end, or move. Tokens of several steps were sampled at even paces over the last `over_s` seconds. `prompt_logprobs`
+    come with the first token, if they were asked for.
     """
 
     tokens: list[Token]
     finish: Finish | None = None
     so_far: Timeline | None = None
     over_s: float = 0.0
+    prompt_logprobs: list[Token] | None = None  # of the prompt's tokens but the first
 
 
 _decode_ask = msgspec.msgpack.Decoder(GenerateAsk).decode
@@ -91,6 +102,7 @@ class Sequence:
         self.arrived_s = clock.now()
         self.outputs = request.progress.count
         self.is_first_due = True  # the next token is the first from here
+        self.prompt_logprobs: list[Token] = []  # those told so far of those wanted
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def elapsed_s(self) -> float:
@@ -166,6 +178,20 @@ class Decoder:
         limit = self._member.max_context_tokens
         if request.sequence_tokens >= limit:
             raise PromptTooLong(f"the prompt has {request.sequence_tokens} tokens; prompt and output share {limit}")
+        if request.sampling.guide is not None:
+            self._check_supports("guide")
+        if (top := request.sampling.prompt_logprobs) is not None:
+            self._check_supports("prompt_logprobs")
+            self._check_scores(request.prompt_tokens, top)
+
+    def _check_supports(self, feature: str) -> None:
+        if feature not in self._member.supports:
+            raise Unsupported(f"the engine of {self._member.worker} has no {feature}", feature)
+
+    def _check_scores(self, prompt_tokens: int, top: int) -> None:
+        if prompt_tokens * (1 + top) > MOST_PROMPT_LOGPROBS:
+            most = MOST_PROMPT_LOGPROBS // prompt_tokens - 1
+            raise BadRequest(f"prompt_logprobs of {prompt_tokens} tokens can be {most} at most", "prompt_logprobs")
 
     def _new_sequence(self, ask: GenerateAsk, call: Call) -> Sequence:
         request, tokens = ask.request, unpack(ask.request.sequence)
@@ -179,6 +205,8 @@ class Decoder:
             on_admit=lambda: self._on_admit(sequence),
             most_tokens=min(request.prompt_tokens + sampling.max_tokens, self._member.max_context_tokens),
             may_stop=bool(sampling.stop_token_ids) or (bool(self._eos) and not sampling.ignore_eos),
+            on_scored=lambda scored: sequence.prompt_logprobs.extend(scored),
+            scores=None if request.progress.count else sampling.prompt_logprobs,  # with output, they have been told
         )
         timeline = Timeline(
             decode_worker=self._member.worker, why=ask.plan.why, prompt_tokens=request.prompt_tokens, failures=[]
@@ -213,7 +241,7 @@ class Decoder:
         self._stepper.wait_for_turn(sequence.run)
 
     def _is_worth_asking(self, sequence: Sequence, plan: Plan) -> bool:
-        if sequence.finished.done():
+        if sequence.finished.done() or sequence.run.scores is not None:  # only who computes a prompt can score it
             return False
         tokens = len(sequence.run.tokens)
         here = there = tokens - sequence.resident.cached_tokens()
@@ -280,6 +308,7 @@ class Decoder:
     def _on_admit(self, sequence: Sequence) -> None:
         run, timeline = sequence.run, sequence.timeline
         sequence.resident.begin()
+        sequence.prompt_logprobs.clear()
         if timeline.prefill_started_s is None:
             timeline.prefill_started_s = sequence.elapsed_s()
             timeline.cached_tokens = run.computed
@@ -310,7 +339,7 @@ class Decoder:
         last = sampled[-1].id
         finish = self._finish(sequence, last, reason) if (reason := self._reason_to_end(sequence, last)) else None
         so_far = sequence.timeline if is_first or has_news else None
-        sequence.call.send(Output(list(sampled), finish, so_far, over_s))
+        sequence.call.send(Output(list(sampled), finish, so_far, over_s, _take_scores(sequence)))
         if finish:
             self._stepper.leave(sequence.run, lambda: None)
             sequence.finished.set_result(None)
@@ -329,6 +358,14 @@ class Decoder:
         timeline.output_tokens = sequence.outputs
         timeline.preemptions = sequence.run.preemptions
         return Finish(reason, timeline, token if reason == "stop" else None)
+
+
+def _take_scores(sequence: Sequence) -> list[Token] | None:
+    """The prompt's log probabilities, once."""
+    if sequence.run.scores is None:
+        return None
+    sequence.run.scores, scored, sequence.prompt_logprobs = None, sequence.prompt_logprobs, []
+    return scored
 
 
 def _fail(sequence: Sequence, error: PenstockError) -> None:

@@ -5,7 +5,6 @@ tokens -> bytes -> characters -> before a stop string
 
 from __future__ import annotations
 
-import json
 from codecs import utf_8_decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from penstock.errors import UnsupportedModel
 from penstock.serve.stop_strings import StopFinder
+from penstock.serve.tokenizer_steps import steps_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -154,7 +154,7 @@ def _drop_spaces(piece: bytes) -> tuple[bytes, bool]:
 
 def spelling_of(codec: tokenizers.Tokenizer, model: str) -> Spelling:
     """Raises UnsupportedModel for decoders whose text depends on more than the bytes of each token."""
-    steps = _decoder_steps(codec)
+    steps = steps_of(codec.decoder)
     match steps:
         case [{"type": "ByteLevel"}]:
             return Spelling(_spell_byte_level, keep)
@@ -171,12 +171,3 @@ def spelling_of(codec: tokenizers.Tokenizer, model: str) -> Spelling:
     raise UnsupportedModel(
         f"the tokenizer of {model!r} decodes by {kinds}; penstock can stream byte-level and SentencePiece tokenizers"
     )
-
-
-def _decoder_steps(codec: tokenizers.Tokenizer) -> list[dict[str, object]]:
-    """The decoder as tokenizer.json writes it, sequences opened."""
-    if codec.decoder is None:
-        return []
-    decoder = json.loads(codec.decoder.__getstate__())
-    steps: list[dict[str, object]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    return steps

@@ -227,8 +227,9 @@ def samples(tokenizer: tokenizers.Tokenizer) -> list[str]:
     """Texts on which libraries tend to differ; always the same for one tokenizer."""
     rng = Random(0)
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()][:100]
-    words = [word for word in sorted(tokenizer.get_vocab()) if word.isascii()]
-    words = rng.sample(words, min(500, len(words)))
+    size = tokenizer.get_vocab_size()
+    words = [tokenizer.id_to_token(token) or "" for token in rng.sample(range(size), min(500, size))]
+    words = [word.replace("Ġ", " ").replace("▁", " ") for word in words]
     texts = []
     for _ in range(SAMPLES):
         parts = (rng.choice(rng.choice((ODD_PARTS, ODD_PARTS, words, added or words))) for _ in range(SAMPLE_PARTS))

@@ -6,7 +6,7 @@ A request is one coroutine. It holds the backend's stream in an `async with`, so
 stop string, an error, the deadline, a client that left or does not read) the workers stop at once.
 
     GET  /v1/models  /v1/models/{id}            POST /v1/completions  /v1/chat/completions  /tokenize  /detokenize
-    GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /
+    GET  /health  /live  /ready  /metrics  /debug/requests  /debug/requests/{id}  /openapi.json  /
 
 Every response carries `x-request-id`, the client's own if it sent a sane one; it, or the `id` of an answer, finds
 what happened to the request, and why it was routed so, under /debug/requests/. `x-penstock-timeline: 1`, or
@@ -45,7 +45,7 @@ from penstock.errors import (
     WorkerDraining,
 )
 from penstock.request import Constraints, Finish, Request, Timeline, Token
-from penstock.serve import openai, tokenize
+from penstock.serve import openai, openapi, tokenize
 from penstock.serve.answer import Answer, Choice, Manner, Record
 from penstock.serve.decisions import Decided, compare
 from penstock.serve.generation_config import NO_DEFAULTS, Defaults
@@ -54,6 +54,9 @@ from penstock.serve.intake import check_needs, encode_prompts, requests_of, samp
 from penstock.serve.keys import Keys
 from penstock.serve.openai import Dialect, Heading
 from penstock.serve.pulse import Pulse
+from penstock.serve.rpc import Call
+from penstock.serve.rpc import Handler as RpcHandler
+from penstock.serve.siblings import Siblings
 from penstock.serve.text import Tokenizer
 from penstock.serve.wishes import constraints_of, timeout_of
 
@@ -63,7 +66,7 @@ log = logging.getLogger(__name__)
 class TokenStream(Protocol):
     """One request's output. `timeline` is what the workers have told so far, None before the first token.
 
-    `prompt_logprobs` are those of the prompt's tokens but the first, where they were asked for, with the first token.
+    `prompt_logprobs` are those of the prompt's tokens but the first, if asked for; they come with the first token.
     """
 
     timeline: Timeline | None
@@ -112,7 +115,7 @@ class FrontendOptions:
     api_key: str = field(default="", repr=False)
     tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # by tenant
     defaults: Mapping[str, Defaults] = field(default_factory=dict)  # what clients leave out, by model
-    inflight: int = 1024
+    inflight: int = 4096
     body_bytes: int = 16 << 20
     timeout_s: float = 600.0  # from a request's arrival to its last token
     slow_client_s: float = 30.0  # how long a client may read nothing while there is something to read
@@ -127,7 +130,7 @@ OPEN_PATHS = ("/health", "/live", "/ready")  # probes have no key
 
 
 class Frontend:
-    """An ASGI application, used as `async with`."""
+    """An ASGI application, used as `async with`. With `siblings`, its `methods` are what these may ask of it."""
 
     def __init__(
         self,
@@ -136,8 +139,10 @@ class Frontend:
         rng: Random,
         options: FrontendOptions = FrontendOptions(),
         measured: metrics.Metrics | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self.metrics = measured or metrics.Metrics()
+        self._siblings = siblings
         self._backend = backend
         self._tokenizers = tokenizers
         self._rng = rng
@@ -163,6 +168,7 @@ class Frontend:
             "/ready": ("GET", self._show_ready),
             "/metrics": ("GET", self._show_metrics),
             "/debug/requests": ("GET", self._list_records),
+            "/openapi.json": ("GET", self._describe),
         }
         self._prefix_routes: dict[str, tuple[str, Handler]] = {
             "/v1/models/": ("GET", self._show_model),
@@ -207,6 +213,10 @@ class Frontend:
     @property
     def _is_draining(self) -> bool:
         return self._closes_s < math.inf
+
+    def routes(self) -> dict[str, str]:
+        """The method of each path; what ends in / goes on with a name."""
+        return {path: method for path, (method, _) in {**self._routes, **self._prefix_routes}.items()}
 
     async def _live(self, receive: Receive, send: Send) -> None:
         """ASGI's lifespan, for servers other than `http_server`."""
@@ -418,22 +428,36 @@ class Frontend:
             self._records.popitem(last=False)
 
     async def _list_records(self, exchange: Exchange) -> None:
-        """The last ones, the newest first."""
-        records = {record.id: record for record in reversed(self._records.values())}
-        shown = [_head(record) for record in islice(records.values(), LISTED)]
+        """The last ones, the newest first; of several processes to the second."""
+        shown = self._heads()
+        if self._siblings is not None:
+            shown = sorted([*shown, *await self._siblings.heads()], key=_created, reverse=True)[:LISTED]
         await exchange.respond(200, msgspec.json.encode({"requests": shown}))
+
+    def _heads(self) -> list[dict[str, object]]:
+        records = {record.id: record for record in reversed(self._records.values())}
+        return [_head(record) for record in islice(records.values(), LISTED)]
 
     async def _show_record(self, exchange: Exchange) -> None:
         name = _without_prefix(exchange.path.removeprefix("/debug/requests/"))
+        shown = self._find_record(name)
+        if shown is None and self._siblings is not None:
+            shown = await self._siblings.find_record(name)
+        if shown is None:
+            raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
+        await exchange.respond(200, shown)
+
+    def _find_record(self, name: str) -> bytes | None:
+        """In JSON, of a request that this process had."""
         record = self._records.get(name)
         if record is None:
-            raise NotFound(f"no request {name[:200]!r} among the last {self._options.records}")
+            return None
         fields = msgspec.structs.asdict(record)
         fields["decisions"] = decisions = self._backend.decisions(_without_prefix(record.id))
         if (timeline := record.timeline) is not None:
             fields["timeline"] = msgspec.structs.asdict(timeline)
             fields["compared"] = [part for one in decisions if one.gave_first_token for part in compare(one, timeline)]
-        await exchange.respond(200, msgspec.json.encode(fields))
+        return msgspec.json.encode(fields)
 
     async def _list_models(self, exchange: Exchange) -> None:
         await exchange.respond(200, openai.models_body(self._served().values(), self._since))
@@ -471,11 +495,37 @@ class Frontend:
         return "ready" if self._served() else "no worker"
 
     async def _show_metrics(self, exchange: Exchange) -> None:
-        backend = self._backend
+        backend, processes = self._backend, None
+        if self._siblings is not None:
+            processes = {self._siblings.own: self._told(), **await self._siblings.metrics()}
         page = metrics.render(
-            self.metrics, backend.standings(), backend.stalled(), backend.index_metrics(), self._pulse.delay_p99_s
+            self.metrics,
+            backend.standings(),
+            backend.stalled(),
+            backend.index_metrics(),
+            self._pulse.delay_p99_s,
+            processes=processes,
         )
         await exchange.respond(200, page, metrics.CONTENT_TYPE.encode())
+
+    def _told(self) -> metrics.Told:
+        return metrics.Told(self.metrics, self._pulse.delay_p99_s)
+
+    def methods(self) -> dict[str, RpcHandler]:
+        """What siblings ask when a client asked them."""
+        return {"counts": self._tell_counts, "record": self._tell_record, "heads": self._tell_heads}
+
+    async def _tell_counts(self, call: Call) -> None:
+        call.send(self._told())
+
+    async def _tell_record(self, call: Call) -> None:
+        call.send(self._find_record(msgspec.msgpack.decode(call.body, type=str)))
+
+    async def _tell_heads(self, call: Call) -> None:
+        call.send(self._heads())
+
+    async def _describe(self, exchange: Exchange) -> None:
+        await exchange.respond(200, openapi.body())
 
     async def _show_hints(self, exchange: Exchange) -> None:
         paths = "".join(f"  {method:4} {path}\n" for path, (method, _) in self._routes.items())
@@ -491,9 +541,8 @@ async def _each(answer: Answer, follow: Callable[[Choice], Awaitable[None]]) -> 
         return
 
     async def in_turn(choice: Choice) -> None:
-        leader = answer.leader_of(choice)
-        if choice is not leader:
-            await leader.has_begun.wait()
+        if choice.leader is not None:
+            await choice.leader.has_begun.wait()
         await follow(choice)
 
     async with asyncio.TaskGroup() as group:
@@ -519,6 +568,12 @@ def _without_prefix(name: str) -> str:
     for prefix in (openai.CHAT.id_prefix, openai.COMPLETIONS.id_prefix):
         name = name.removeprefix(prefix)
     return name
+
+
+def _created(head: Mapping[str, object]) -> int:
+    created = head["created"]
+    assert isinstance(created, int)
+    return created
 
 
 def _head(record: Record) -> dict[str, object]:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from typing import Any
 
 from penstock.clock import now
-from penstock.errors import BodyTooLarge, Cancelled
+from penstock.errors import BodyTooLarge, Cancelled, TooSlow
 
 Scope = Mapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -20,9 +20,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 
-ABORT = "penstock.abort"  # ASGI extension of `http_server`: its "abort" drops the connection at once
+# ASGI extension of `http_server`: its "abort" drops the connection at once, and what is put in as "filler" can be sent
+# anywhere in the response without a change of its meaning.
+CONNECTION = "penstock.connection"
+BODY_S = 20.0  # for a body to come, and a second more for each
+BODY_BYTES_PER_S = 16 << 10  # of it
 JSON = b"application/json"
 EVENTS = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"))
+_COMMENT = b":\n\n"  # among events; readers skip it
 _SANE_NAME = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 
 
@@ -38,19 +43,19 @@ class Exchange:
         self.name = given.decode() if _SANE_NAME.fullmatch(given) else id
         self.is_started = False
         self.is_ended = False
-        self._abort: Callable[[], None] | None = (scope.get("extensions") or {}).get(ABORT, {}).get("abort")
+        self._connection: dict[str, Any] = (scope.get("extensions") or {}).get(CONNECTION, {})
         self._receive = receive
         self._send = send
         self._sending_since_s: float | None = None
 
     async def read_body(self, limit_bytes: int) -> bytes:
-        """Raises BodyTooLarge as soon as that is known, or Cancelled if the client leaves."""
+        """Raises BodyTooLarge as soon as that is known, TooSlow, or Cancelled if the client leaves."""
         declared = self.headers.get(b"content-length", b"0")
         if declared.isdigit() and float(declared) > limit_bytes:
             raise _too_large(limit_bytes)
-        parts, size = [], 0
+        parts, size, started_s = [], 0, now()
         while True:
-            message = await self._receive()
+            message = await self._receive_until(started_s + BODY_S + size / BODY_BYTES_PER_S)
             if message["type"] == "http.disconnect":
                 raise Cancelled("the client left before its request was whole")
             parts.append(message.get("body", b""))
@@ -66,8 +71,17 @@ class Exchange:
         await self._start(status, [(b"content-type", kind), length, *headers])
         await self.end(body)
 
+    async def _receive_until(self, latest_s: float) -> Message:
+        try:
+            async with asyncio.timeout_at(latest_s):
+                return await self._receive()
+        except TimeoutError:
+            raise TooSlow("the body did not come in time; send it at once") from None
+
     async def begin(self, status: int = 200, headers: Headers = EVENTS) -> None:
         """Starts a stream, by default of server-sent events."""
+        if headers is EVENTS:
+            self._connection["filler"] = _COMMENT
         await self._start(status, list(headers))
 
     async def write(self, events: bytes, at_s: float) -> None:
@@ -106,8 +120,8 @@ class Exchange:
 
     def abort(self) -> None:
         """Drops the connection with what is still unsent, where the server can; others do it when we return."""
-        if self._abort is not None:
-            self._abort()
+        if (abort := self._connection.get("abort")) is not None:
+            abort()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.is_started = True

@@ -58,8 +58,8 @@ async def _encode(prompt: Prompt, ask: Ask, tokenizer: Tokenizer, context_tokens
 
 async def told_of(ask: Ask, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[Told]:
     """What an answer must know of its prompts, one by one."""
-    if ask.chat is not None:
-        return [Told(end=await tokenizer.decode(prompt[-END_TOKENS:])) for prompt in prompts]
+    if ask.chat is not None and tokenizer.formats.reasoning is not None:
+        return [Told(end=tokenizer.decode_nowait(prompt[-END_TOKENS:])) for prompt in prompts]
     if not ask.echoes:
         return [Told()] * len(prompts)
     return [
@@ -91,16 +91,12 @@ def requests_of(
         if (least := like.sampling.min_tokens) > budget:
             raise BadRequest(f"min_tokens = {least} is over the {budget} tokens that may be generated", "min_tokens")
         packed = pack(prompt)
+        sampling = msgspec.structs.replace(like.sampling, max_tokens=budget)
         for choice in range(ask.best_of):
-            number = len(requests)
-            requests.append(
-                msgspec.structs.replace(
-                    like,
-                    id=f"{like.id}-{number}" if number else like.id,
-                    prompt=packed,
-                    sampling=msgspec.structs.replace(like.sampling, max_tokens=budget, choice=choice),
-                )
-            )
+            if choice:  # the first one's log probabilities of the prompt are everybody's
+                sampling = msgspec.structs.replace(sampling, choice=choice, prompt_logprobs=None)
+            id = f"{like.id}-{len(requests)}" if requests else like.id
+            requests.append(msgspec.structs.replace(like, id=id, prompt=packed, sampling=sampling))
     return requests
 
 

@@ -6,23 +6,24 @@ A tokenizer works in steps, and a cut is safe where no step looks across it. The
    lies between them is normalized, searched for the rest of them, split and encoded on its own. So the cut must find
    the same tokens. Those of the second search are left alone where there is a normalizer. Tokens that take the spaces
    around them along, or must stand alone as words, look at their neighbours: with any such token there are no cuts.
-2. In a long stretch of text, before the space of "a b": a space between two ASCII letters. This needs a pre-tokenizer
-   that is known to split there whatever lies around it, of byte-level BPE: in none of the regular expressions below can
-   a match hold a letter followed by a space, so one ends there, and none looks behind itself. Lookahead is used only
-   at the end of spaces, of which there are none before the cut. NFC changes neither letters, nor the space, nor
-   what they touch. No added token may hold a letter followed by a space.
+   What is done to the first word of a text alone (Metaspace with `prepend_scheme` first) is done in its first piece
+   alone, as the others begin with an added token.
+2. In a long stretch of text, between an ASCII letter and a space. This needs a pre-tokenizer of byte-level BPE that is
+   known to split there: in none of the regular expressions below can a match hold a letter followed by a space, so one
+   ends there, and none looks behind itself. They look ahead only at the end of spaces, and before the cut there are
+   none. NFC composes neither of the two with the other. No added token may hold a letter followed by a space.
 
-Nothing is cut where the first piece of a text differs from the later ones (Metaspace with `prepend_scheme` first), and
-where chance decides (dropout).
+Nothing is cut where chance decides (dropout).
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
+
+from penstock.serve.tokenizer_steps import Step, steps_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -30,11 +31,9 @@ if TYPE_CHECKING:
 PIECE_CHARS = 128  # in a piece, if not in the last one
 STRETCH_CHARS = 1024  # from a cut to the next one before a space, if not a little more
 
-Step: TypeAlias = Mapping[str, Any]  # as tokenizer.json writes it
+_BEFORE_SPACE = re.compile(r"[A-Za-z](?= )")
 
-_BEFORE_SPACE = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_LETTER_SPACE = re.compile(r"[A-Za-z] ")
-
+_LOCAL = ("ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "Whitespace", "WhitespaceSplit")  # pre-tokenizers
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
 _CASED_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+%s|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*%s|"
@@ -106,25 +105,24 @@ def _with_spaces(text: str, ends: Sequence[int]) -> Iterator[int]:
             found = _BEFORE_SPACE.search(text, start + STRETCH_CHARS, end)
             if found is None:
                 break
-            start = found.start()
+            start = found.end()
             yield start
         yield end
         start = end
 
 
-def cutter_of(codec: tokenizers.Tokenizer) -> Cutter:
+def cutter_of(tokenizer: tokenizers.Tokenizer) -> Cutter:
     """The safe cuts of a tokenizer, perhaps none."""
-    pipeline = json.loads(codec.to_str())
-    added = [token for token in pipeline["added_tokens"] if token["content"]]
-    looks_around = any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
-    if looks_around or not _is_alike_everywhere(pipeline):
+    added = [token for token in tokenizer.get_added_tokens_decoder().values() if token.content]
+    looks_around = any(token.single_word or token.lstrip or token.rstrip for token in added)
+    if looks_around or not _is_alike_everywhere(tokenizer):
         return Cutter(None, None, False)
-    has_normalizer = bool(_steps(pipeline["normalizer"], "normalizers"))
+    has_normalizer = bool(steps_of(tokenizer.normalizer))
     return Cutter(
-        first=_any_of(token["content"] for token in added if not token["normalized"]),
-        second=None if has_normalizer else _any_of(token["content"] for token in added if token["normalized"]),
-        is_split_at_spaces=_splits_before_spaces(pipeline)
-        and not any(_LETTER_SPACE.search(token["content"]) for token in added),
+        first=_any_of(token.content for token in added if not token.normalized),
+        second=None if has_normalizer else _any_of(token.content for token in added if token.normalized),
+        is_split_at_spaces=_splits_before_spaces(tokenizer)
+        and not any(_BEFORE_SPACE.search(token.content) for token in added),
     )
 
 
@@ -133,31 +131,27 @@ def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _is_alike_everywhere(pipeline: Mapping[str, Any]) -> bool:
+def _is_alike_everywhere(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether a stretch between added tokens is encoded the same wherever it stands."""
-    if pipeline["model"]["type"] not in ("BPE", "Unigram") or pipeline["model"].get("dropout"):
+    from tokenizers.models import BPE, Unigram
+
+    model = tokenizer.model
+    if not isinstance(model, BPE | Unigram) or (isinstance(model, BPE) and model.dropout):
         return False
-    return all(map(_is_local, _steps(pipeline["pre_tokenizer"], "pretokenizers")))
+    return all(step["type"] in _LOCAL for step in steps_of(tokenizer.pre_tokenizer))
 
 
-def _is_local(step: Step) -> bool:
-    match step:
-        case {"type": "ByteLevel" | "Split" | "Digits" | "Punctuation" | "Whitespace" | "WhitespaceSplit"}:
-            return True
-        case {"type": "Metaspace", "prepend_scheme": "always" | "never"}:
-            return True
-    return False
+def _splits_before_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
+    from tokenizers.models import BPE
 
-
-def _splits_before_spaces(pipeline: Mapping[str, Any]) -> bool:
-    if pipeline["model"]["type"] != "BPE":
+    if not isinstance(tokenizer.model, BPE):
         return False
-    if not all(step["type"] == "NFC" for step in _steps(pipeline["normalizer"], "normalizers")):
+    if not all(step["type"] == "NFC" for step in steps_of(tokenizer.normalizer)):
         return False
-    *splits, last = _steps(pipeline["pre_tokenizer"], "pretokenizers") or [{}]
+    *splits, last = steps_of(tokenizer.pre_tokenizer) or [{}]
     if last.get("type") != "ByteLevel" or not all(map(_is_known, splits)):
         return False
-    return bool(last["use_regex"]) or any(_is_known_word(step) for step in splits)
+    return bool(last["use_regex"]) or any(map(_splits_words, splits))
 
 
 def _is_known(step: Step) -> bool:
@@ -167,15 +161,6 @@ def _is_known(step: Step) -> bool:
     return bool(step["type"] == "Digits")
 
 
-def _is_known_word(step: Step) -> bool:
-    """Whether it is one that splits words from spaces, beyond digits and scripts."""
+def _splits_words(step: Step) -> bool:
+    """Whether a known step splits words from spaces, beyond digits and scripts."""
     return step["type"] == "Split" and str(step["pattern"]["Regex"]).endswith(_SPACES)
-
-
-def _steps(step: Step | None, name: str) -> list[Step]:
-    """A part of tokenizer.json as its steps, sequences opened."""
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [one for inner in step[name] for one in _steps(inner, name)]
-    return [step]

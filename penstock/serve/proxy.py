@@ -205,8 +205,7 @@ class Proxy:
     async def _pass(self, exchange: Exchange) -> None:
         arrived_s = now()
         with self._admitted():
-            async with asyncio.timeout(self._options.timeout_s):
-                body = await exchange.read_body(self._options.body_bytes)
+            body = await exchange.read_body(self._options.body_bytes)
             try:
                 async with asyncio.TaskGroup() as group:
                     watcher = group.create_task(exchange.watch_client(self._options.slow_client_s))

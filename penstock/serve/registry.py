@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 
 import msgspec
 
@@ -29,7 +30,7 @@ class Report(msgspec.Struct, frozen=True):
     draining: bool
 
 
-_decode_member = msgspec.msgpack.Decoder(Member).decode
+decode_member = msgspec.msgpack.Decoder(Member).decode
 _decode_report = msgspec.msgpack.Decoder(Report).decode
 _decode_seen = msgspec.msgpack.Decoder(bool).decode
 
@@ -48,30 +49,52 @@ async def stay_announced(discovery: Discovery, standing: Callable[[], Standing],
             await asyncio.sleep(report_s)
 
 
-class Registry:
-    """Serves `join` and `members` in a frontend."""
+Tell = Callable[[Member], AbstractAsyncContextManager[Callable[[Standing], None]]]
 
-    def __init__(self, discovery: Discovery) -> None:
+
+@asynccontextmanager
+async def tell_nobody(member: Member) -> AsyncIterator[Callable[[Standing], None]]:
+    yield lambda standing: None
+
+
+class Registry:
+    """Serves `join` and `members` in a frontend. Others are told by `tell` who joined and what they report."""
+
+    def __init__(self, discovery: Discovery, tell: Tell = tell_nobody) -> None:
         self._discovery = discovery
+        self._tell = tell
 
     async def members(self, call: Call) -> None:
         """Answers with those that are there now."""
-        async for fleet in self._discovery.watch():
-            call.send([standing.member for standing in fleet.values()])
-            return
+        async with aclosing(self._discovery.watch()) as fleets:  # type: ignore[type-var]
+            call.send([standing.member for standing in (await anext(fleets)).values()])
 
     async def join(self, call: Call) -> None:
         """Lists the caller for as long as the call lasts; its reports keep the entry alive."""
-        member = _decode_member(call.body)
+        member = decode_member(call.body)
         log.info("%s (epoch %d, %s) joined from %s", member.worker, member.epoch, member.role, call.peer_name)
         try:
-            async with self._discovery.announce(member) as announcement:
-                while (report := await call.receive(_decode_report)) is not None:
-                    member = msgspec.structs.replace(member, role=report.role)
-                    await announcement.renew(Standing(member, report.load, report.draining))
-                    call.send(True)
+            async with self._discovery.announce(member) as announcement, self._tell(member) as tell:
+                while (standing := await heard(call, member)) is not None:
+                    await announcement.renew(standing)
+                    tell(standing)
         finally:
             log.info("%s (epoch %d) left", member.worker, member.epoch)
+
+
+async def heard(call: Call, member: Member) -> Standing | None:
+    """The next report on a worker's call, and an answer to it; None at the end. Raises what the call ends with."""
+    report = await call.receive(_decode_report)
+    if report is None:
+        return None
+    call.send(True)
+    return Standing(msgspec.structs.replace(member, role=report.role), report.load, report.draining)
+
+
+async def report(call: Call, standing: Standing) -> None:
+    """The other side of that: returns once the report has been heard. Raises what the call ends with."""
+    call.send(Report(standing.member.role, standing.load, standing.draining))
+    await call.receive(_decode_seen)
 
 
 async def stay_joined(
@@ -85,9 +108,7 @@ async def stay_joined(
             member = standing().member
             async with peer.call("join", member) as call:
                 while True:
-                    now = standing()
-                    call.send(Report(now.member.role, now.load, now.draining))
-                    await call.receive(_decode_seen)
+                    await report(call, standing())
                     retry_s = 0.1
                     await asyncio.sleep(report_s)
         except PenstockError as error:

@@ -84,7 +84,9 @@ class Resident:
         self._trimmed_tokens = self.run.computed
 
     def _reusable(self) -> Sequence[BlockHash]:
-        """Blocks that may come from the cache: at least the last token must be computed."""
+        """Blocks that may come from the cache: at least the last token must be computed, and what is to be scored."""
+        if self.run.scores is not None:
+            return ()
         return self.hashes[: (len(self.run.tokens) - 1) // self._layout.block_tokens]
 
     def _hash_blocks(self) -> None:

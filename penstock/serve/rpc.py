@@ -90,6 +90,11 @@ class Call:
         """The other side will send nothing more; what it sent before may still be unread."""
         return self._ended
 
+    @property
+    def is_lost(self) -> bool:
+        """It ended because the connection did, not because the other side was done."""
+        return isinstance(self._error, ConnectionLost)
+
     def send(self, item: object) -> None:
         """Sends one item at the end of this turn of the loop. Lost silently once the call has ended."""
         if not self._ended:

@@ -18,8 +18,8 @@ from typing import TypeVar
 from penstock import clock
 from penstock.blocks import BlockId, Region
 from penstock.cluster import StepPrices
-from penstock.engine.api import Engine, MultiStepEngine, Past, Slice, Step
-from penstock.errors import OutOfBlocks, PenstockError
+from penstock.engine.api import Engine, MultiStepEngine, Past, ScoringEngine, SequencesFailed, Slice, Step
+from penstock.errors import EngineFailed, OutOfBlocks, PenstockError
 from penstock.kv.lease import Lease, LeaseTable
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.policy.batching import Batch, Limits, Want, plan_step
@@ -40,7 +40,8 @@ class Run:
 
     `on_step` is called after the steps it was in, with the tokens sampled, if any were. `on_admit` is called when an
     own sequence starts or restarts, and may bring blocks with tokens that are computed already. `on_preempt` is called
-    when it has lost its blocks, and waits for its turn again.
+    when it has lost its blocks, and waits for its turn again. While there are `scores`, `on_scored` is called before
+    `on_step` with the prompt's tokens that follow those computed, and so many of the likeliest in their places.
     """
 
     region: Region
@@ -50,6 +51,8 @@ class Run:
     on_error: Callable[[PenstockError], None]
     on_admit: Callable[[], None] | None = None  # None: a guest
     on_preempt: Callable[[], None] | None = None
+    on_scored: Callable[[Sequence[Token]], None] | None = None
+    scores: int | None = None
     most_tokens: int = 0  # an own sequence ends with this many tokens at the latest
     may_stop: bool = True  # some token may end it earlier
     computed: int = 0
@@ -95,6 +98,7 @@ class Stepper:
         self.on_starved: Callable[[Lease], None] = lambda lease: None  # the decoder calls the youngest lease off
         self._engine = engine
         self._multi_step = engine if isinstance(engine, MultiStepEngine) else None
+        self._scoring = engine if isinstance(engine, ScoringEngine) else None
         self._region = region
         self._has_windows = region.layout.has_windows
         self._cache = cache
@@ -199,14 +203,17 @@ class Stepper:
 
     def leave(self, run: Run, then: Callable[[], None]) -> None:
         """Takes `run` out for good; `then` is called once no step touches its blocks any more. Idempotent per run."""
-        for queue in (self._running, self._waiting, self._guests):
-            if run in queue:
-                queue.remove(run)
+        self._remove(run)
         if run in self._in_step:
             self._after_step.append(then)
             self._look_again()
         else:
             then()
+
+    def _remove(self, run: Run) -> None:
+        for queue in (self._running, self._waiting, self._guests):
+            if run in queue:
+                queue.remove(run)
 
     async def run(self) -> None:
         """Steps until cancelled; then waits for the step that is being computed."""
@@ -328,11 +335,19 @@ class Stepper:
         self._step_tokens = sum(tokens for _, tokens in chosen if tokens > 1)
         step = Step(chosen[0][0].region, [_slice(*each) for each in chosen])
         try:
-            results = await self._ask_engine(step, steps)
+            is_scored = any(part.scores is not None for part in step.slices)
+            results = await (self._score(chosen, step) if is_scored else self._ask_engine(step, steps))
         except PenstockError as error:
             self._land()
             for run, _ in chosen:
                 run.on_error(error)
+            return
+        except SequencesFailed as failed:
+            self._land()
+            for run, _ in chosen:
+                if why := failed.errors.get(run.past.sequence):
+                    self._remove(run)
+                    run.on_error(why)
             return
         except BaseException:  # cancelled, or a bug of the engine: who waits for the end of this step may go on
             self._land()
@@ -357,6 +372,16 @@ class Stepper:
             finally:
                 self._is_multi_step = False
         return [[token] if token is not None else [] for token in await _finish(self._engine.step(step))]
+
+    async def _score(self, chosen: list[tuple[Run, int]], step: Step) -> list[list[Token]]:
+        """What was sampled for each slice. Log probabilities of prompts have been handed out. Raises EngineFailed."""
+        if self._scoring is None:
+            raise EngineFailed("this engine cannot tell log probabilities of prompts")
+        results = await _finish(self._scoring.score(step))
+        for (run, _), scored in zip(chosen, results, strict=True):
+            if run.on_scored is not None and scored.prompt:
+                run.on_scored(scored.prompt)
+        return [[scored.sampled] if scored.sampled is not None else [] for scored in results]
 
     def _land(self) -> list[Run]:
         """The step is over: runs that left meanwhile let go of their blocks. Returns those runs."""
@@ -415,9 +440,8 @@ def _want(run: Run) -> Want:
 
 def _slice(run: Run, tokens: int) -> Slice:
     end = run.computed + tokens
-    if end < len(run.tokens):
-        return Slice(run.tokens[run.computed : end], run.computed, run.blocks)
-    return Slice(run.tokens[run.computed :], run.computed, run.blocks, run.sampling, run.past)
+    sampling = run.sampling if end == len(run.tokens) else None
+    return Slice(run.tokens[run.computed : end], run.computed, run.blocks, sampling, run.past, run.scores)
 
 
 async def _finish(step: Coroutine[None, None, T]) -> T:

@@ -113,7 +113,7 @@ class Stream:
         self._frames = 0  # of tokens, from the present worker
         self._first: Timeline | None = None  # as it was when the worker that gave the first token was lost
         self.timeline: Timeline | None = None
-        self.prompt_logprobs: list[Token] | None = None
+        self.prompt_logprobs: list[Token] | None = None  # of the prompt's tokens but the first, with the first output
         self.over_s = 0.0  # the time over which the tokens read last were sampled, up to now
 
     @property
@@ -250,6 +250,8 @@ class Stream:
         self._tried.clear()
         self.over_s = sum(output.over_s for output in outputs)
         for output in outputs:
+            if output.prompt_logprobs is not None:
+                self.prompt_logprobs = output.prompt_logprobs
             if output.so_far is not None:
                 self.timeline = self._shift(output.so_far)
         if (finish := outputs[-1].finish) is not None:

@@ -5,11 +5,10 @@ messages -> `chat_template` -> text -> `encoder` -> tokens -> engine -> tokens -
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from penstock.errors import BadRequest, UnreadableModel
 from penstock.serve.chat_template import Chat, ChatTemplate, load_json, load_template
@@ -18,6 +17,7 @@ from penstock.serve.encoder import Codec, Encoder, Offload, fast_codec, plain_co
 from penstock.serve.parsers.choice import PLAIN, Formats, pick
 from penstock.serve.pieces import cutter_of
 from penstock.serve.stop_strings import StopFinder
+from penstock.serve.tokenizer_steps import Step, steps_of
 from penstock.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -162,17 +162,16 @@ def _model_type(folder: Path) -> str:
 
 
 def _tokens_around(tokenizer: tokenizers.Tokenizer) -> tuple[Tokens, Tokens]:
-    """The special tokens before and after every text, by the post-processor that tokenizer.json names."""
+    """The special tokens before and after every text, by its post-processor."""
     before: Tokens = array("I")
     after: Tokens = array("I")
-    step = json.loads(tokenizer.to_str())["post_processor"]
-    for one in step["processors"] if step is not None and step["type"] == "Sequence" else [step]:
-        inner, outer = _put_around(one)
+    for step in steps_of(tokenizer.post_processor):
+        inner, outer = _put_around(step)
         before, after = inner + before, after + outer
     return before, after
 
 
-def _put_around(step: Mapping[str, Any] | None) -> tuple[Tokens, Tokens]:
+def _put_around(step: Step) -> tuple[Tokens, Tokens]:
     match step:
         case {"type": "TemplateProcessing", "single": single, "special_tokens": special}:
             at = next(index for index, part in enumerate(single) if "Sequence" in part)

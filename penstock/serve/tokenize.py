@@ -14,9 +14,9 @@ from msgspec import Meta
 
 from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, NoWorker
-from penstock.serve.asks import parse_messages, read_body
-from penstock.serve.chat_template import Chat
+from penstock.serve.asks import ChatBody, RawMessage, conversation_of, read_body
 from penstock.serve.text import Tokenizer
+from penstock.serve.tools import parse_tools
 from penstock.tokens import Tokens
 
 MOST_TOKENS = 1 << 20  # of one text; it may be longer than a prompt
@@ -25,16 +25,14 @@ NAMES_AT_A_TIME = 1 << 12  # looked up between two turns of the event loop
 FindModel: TypeAlias = Callable[[str], tuple[ModelCard, Tokenizer]]  # raises UnknownModel, NoWorker
 Tell: TypeAlias = Callable[[bytes, FindModel, Mapping[str, ModelCard]], Awaitable[bytes]]
 
-_Objects = list[dict[str, object]]
-
 
 class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Of POST /tokenize: a prompt or messages. Fields may be null for "not given"."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[_Objects, Meta(min_length=1)] | None = None
-    tools: _Objects | None = None
+    messages: Annotated[list[RawMessage], Meta(min_length=1)] | None = None
+    tools: list[object] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
@@ -100,13 +98,15 @@ async def _encode(fields: TokenizeBody, tokenizer: Tokenizer) -> Tokens:
         raise BadRequest("give a prompt or messages, not both", "prompt")
     if fields.prompt is not None:
         return await tokenizer.encode_text(fields.prompt, MOST_TOKENS, fields.add_special_tokens is not False)
-    chat = Chat(
-        parse_messages(fields.messages or ()),
-        tools=fields.tools or (),
-        add_generation_prompt=fields.add_generation_prompt is not False,
-        continue_final_message=bool(fields.continue_final_message),
-        template_kwargs=fields.chat_template_kwargs or {},
+    asked = ChatBody(
+        model="",
+        messages=fields.messages or [],
+        tools=fields.tools,
+        add_generation_prompt=fields.add_generation_prompt,
+        continue_final_message=fields.continue_final_message,
+        chat_template_kwargs=fields.chat_template_kwargs,
     )
+    chat = conversation_of(asked, parse_tools(asked.tools, None, None))
     return await tokenizer.encode_chat(chat, MOST_TOKENS, bool(fields.add_special_tokens))
 
 

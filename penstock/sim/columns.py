@@ -1,30 +1,14 @@
-"""The headline numbers of a report, as the terminal's table and the page show them."""
+"""The headline numbers of a simulation, as the terminal's table and the page show them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from penstock.sim.report import Latencies, Report, Spread
+from penstock.columns import Column
+from penstock.measures import Spread
+from penstock.sim.report import Latencies, Report
 
-Which = Callable[[Latencies], Spread | None]
-Part = Callable[[Spread], float]
 Number = Callable[[Report], float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """`better`: 1 if more is better, -1 if less is, 0 if neither. `is_brief`: a terminal has room for it too."""
-
-    title: str
-    number: Number
-    form: str  # as in format(number, form)
-    better: int
-    is_brief: bool = True
-
-    def text(self, report: Report) -> str:
-        value = self.number(report)
-        return "-" if value is None else format(value, self.form)
 
 
 def latency(
@@ -47,7 +31,7 @@ itl_p99_ms = latency(lambda latencies: latencies.itl, lambda spread: spread.p99,
 second_gap_mean_ms = latency(lambda latencies: latencies.second_token_gap, lambda spread: spread.mean, 1e3)
 end_to_end_p50_s = latency(lambda latencies: latencies.end_to_end, lambda spread: spread.p50)
 
-COLUMNS = (
+COLUMNS: tuple[Column[Report], ...] = (
     Column("requests", lambda report: report.requests, ",d", 0),
     Column("errors", lambda report: sum(report.errors.values()) + report.unfinished, ",d", -1),
     Column("TTFT mean s", ttft_mean_s, ".3f", -1),

@@ -5,76 +5,43 @@ headline table -> how it goes with rate or split -> distributions -> each cell a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from itertools import groupby
 
-from penstock.plot import DARK, LIGHT, Axis, Chart, Palette, Points, Series, panel, style
-from penstock.sim.columns import COLUMNS, Column, Number, itl_p99_ms, ttft_p99_s
+from penstock.columns import Row
+from penstock.page import all_of, charts, definitions, document, folded, lines, row, table
+from penstock.plot import Axis, Chart, Points, Series, panel
+from penstock.sim.columns import COLUMNS, Number, itl_p99_ms, ttft_p99_s
 from penstock.sim.report import Curves, Link, Report, Slo, Worker
 
 OPEN_GROUPS = 1  # of distributions, and of cells, that are unfolded at first
 SHADES = 10  # of a worker's busy share
 STRIP_WIDTH, STRIP_HEIGHT, NAME_WIDTH, SHARE_WIDTH, FOOT = 720, 14, 100, 70, 30  # pixels
 
-LAYOUT = """
-body{margin:0 auto;max-width:1400px;padding:20px;font:14px/1.45 system-ui,sans-serif}
-h1{font-size:22px;margin:0 0 4px} h2{font-size:17px;margin:32px 0 8px} p{margin:4px 0 12px;max-width:100em}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:3px 9px;text-align:right} td{white-space:nowrap} th{font-weight:600;vertical-align:bottom}
-.text{text-align:left} .best{font-weight:700} .wide{overflow-x:auto}
-.charts{display:flex;flex-wrap:wrap;gap:8px;margin:12px 0;align-items:flex-start}
-.charts svg{flex:1 1 380px;max-width:500px;height:auto} .charts .strips{flex:2 1 780px;max-width:920px}
-summary{cursor:pointer;font-weight:600;padding:6px 0} details{padding-left:2px}
-"""
-
 
 def page(reports: Sequence[Report]) -> str:
     """The HTML text of at least one report. Equal reports make equal pages."""
     parts = [
         *_heading(reports),
-        *_table(reports),
+        *table(("policy", "rate", "split"), COLUMNS, [_table_row(report) for report in reports]),
         *_sweeps(reports),
         *_distributions(reports),
         *_cells(reports),
-        *_definitions(),
+        *definitions(DEFINITIONS),
     ]
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width">\n<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(_title(reports))}</title>\n<style>{LAYOUT}\n{_colours(LIGHT)}",
-            f"@media (prefers-color-scheme:dark){{\n{_colours(DARK)}\n}}\n</style>\n</head>\n<body>",
-            *parts,
-            "</body>\n</html>\n",
-        ]
-    )
-
-
-def _colours(palette: Palette) -> str:
-    busy = palette.series[0]
-    return "\n".join(
-        [
-            style(palette),
-            f"body{{background:{palette.paper};color:{palette.ink}}}",
-            f"p,.note{{color:{palette.faint}}}",
-            f"tr{{border-bottom:1px solid {palette.grid}}} tr.first{{border-top:2px solid {palette.faint}}}",
-            f".bar{{background:linear-gradient({busy}40,{busy}40) 0 100%/var(--share) 3px no-repeat}}",
-            f".idle{{fill:{palette.grid}}}",
-            f".busy{{fill:{busy}}}",
-        ]
-    )
+    return document(_title(reports), parts)
 
 
 def _title(reports: Sequence[Report]) -> str:
     cells = [report.cell for report in reports]
-    return f"{_all_of([cell.workload for cell in cells])} on {_all_of([cell.cluster for cell in cells])}"
+    return f"{all_of([cell.workload for cell in cells])} on {all_of([cell.cluster for cell in cells])}"
 
 
 def _heading(reports: Sequence[Report]) -> Iterator[str]:
     slo = reports[0].slo
-    gpus = _all_of([f"{report.cell.gpus}" for report in reports])
-    seeds = _all_of([f"{report.cell.seed}" for report in reports])
+    gpus = all_of([f"{report.cell.gpus}" for report in reports])
+    seeds = all_of([f"{report.cell.seed}" for report in reports])
     yield f"<h1>{escape(_title(reports))}</h1>"
     yield (
         f"<p>Simulated by penstock on {gpus} GPUs, seed {seeds}. Targets: TTFT within {slo.ttft_s:g} s and TPOT within "
@@ -82,51 +49,10 @@ def _heading(reports: Sequence[Report]) -> Iterator[str]:
     )
 
 
-def _all_of(names: Sequence[str]) -> str:
-    """Each once, in their order."""
-    return ", ".join(dict.fromkeys(names))
-
-
-# The table
-
-
-def _table(reports: Sequence[Report]) -> Iterator[str]:
-    """A row for each cell. Of cells that differ in policy alone, the best of each column is bold."""
-    yield '<div class="wide"><table>\n<thead><tr><th class="text">policy</th><th>rate</th><th>split</th>'
-    yield "".join(f"<th>{escape(column.title)}</th>" for column in COLUMNS) + "</tr></thead>\n<tbody>"
-    for setting, group in groupby(reports, key=_setting):
-        rivals = [report for report in reports if _setting(report) == setting]
-        for place, report in enumerate(group):
-            cell = report.cell
-            yield (
-                f'<tr{_class([] if place else ["first"])}><td class="text">{escape(cell.policy)}</td>'
-                f"<td>{cell.rate:g}</td><td>{escape(cell.split)}</td>"
-                + "".join(_entry(column, report, rivals) for column in COLUMNS)
-                + "</tr>"
-            )
-    yield "</tbody></table></div>"
-
-
-def _entry(column: Column, report: Report, rivals: Sequence[Report]) -> str:
-    """Shares have a bar as well."""
-    value, text = column.number(report), column.text(report)
-    classes = ["best"] if text in _best(column, rivals) else []
-    if value is None or not column.form.endswith("%"):
-        return f"<td{_class(classes)}>{text}</td>"
-    return f'<td{_class([*classes, "bar"])} style="--share:{100 * value:.1f}%">{text}</td>'
-
-
-def _best(column: Column, rivals: Sequence[Report]) -> list[str]:
-    """As it is written, so that no difference counts that is not seen; none where all are alike."""
-    known = [rival for rival in rivals if column.number(rival) is not None]
-    if not column.better or len({column.text(rival) for rival in known}) < 2:
-        return []
-    best = max(known, key=lambda rival: column.better * (column.number(rival) or 0.0))
-    return [column.text(best)]
-
-
-def _class(names: Sequence[str]) -> str:
-    return f' class="{" ".join(names)}"' if names else ""
+def _table_row(report: Report) -> Row[Report]:
+    """Cells that differ in policy alone are rivals."""
+    cell = report.cell
+    return Row((cell.policy, f"{cell.rate:g}", cell.split), _setting(report), report)
 
 
 def _setting(report: Report) -> tuple[float, str, str, str]:
@@ -157,10 +83,10 @@ def _sweeps(reports: Sequence[Report]) -> Iterator[str]:
     if len(rates) > 1:
         axis = Axis("rate, times the workload's own", "log2" if rates[-1] >= 4 * rates[0] else "linear")
         yield "<h2>With the rate</h2>"
-        yield from _charts(_by_rate(reports, axis, len(splits) > 1))
+        yield from charts(_by_rate(reports, axis, len(splits) > 1))
     elif len(splits) > 1:
         yield "<h2>With the split</h2>"
-        yield from _charts(_by_split(reports, splits))
+        yield from charts(_by_split(reports, splits))
 
 
 def _by_rate(reports: Sequence[Report], x: Axis, with_split: bool) -> Iterator[Chart]:
@@ -172,7 +98,7 @@ def _by_rate(reports: Sequence[Report], x: Axis, with_split: bool) -> Iterator[C
             for report in reports
             if (value := number(report)) is not None
         ]
-        yield Chart(title, x, y, _lines(points), ticks)
+        yield Chart(title, x, y, lines(points), ticks)
 
 
 def _by_split(reports: Sequence[Report], splits: Sequence[str]) -> Iterator[Chart]:
@@ -184,15 +110,7 @@ def _by_split(reports: Sequence[Report], splits: Sequence[str]) -> Iterator[Char
             for report in reports
             if (value := number(report)) is not None
         ]
-        yield Chart(title, Axis("prefill:decode workers"), y, _lines(points), ticks)
-
-
-def _lines(points: Iterable[tuple[str, float, float]]) -> list[Series]:
-    """Of (name, x, y)."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, x, y in points:
-        lines.setdefault(name, []).append((x, y))
-    return [Series(name, dots=sorted(line), line=sorted(line)) for name, line in lines.items()]
+        yield Chart(title, Axis("prefill:decode workers"), y, lines(points), ticks)
 
 
 # Distributions
@@ -214,8 +132,8 @@ def _distributions(reports: Sequence[Report]) -> Iterator[str]:
     for place, (_, group) in enumerate(groupby(sorted(reports, key=_setting), key=_setting)):
         together = list(group)
         cell = together[0].cell
-        yield from _folded(
-            f"rate {cell.rate:g}, split {cell.split}", place < OPEN_GROUPS, _charts(_distribution_charts(together))
+        yield from folded(
+            f"rate {cell.rate:g}, split {cell.split}", place < OPEN_GROUPS, charts(_distribution_charts(together))
         )
 
 
@@ -238,12 +156,12 @@ def _distribution_charts(reports: Sequence[Report]) -> Iterator[Chart]:
 def _cells(reports: Sequence[Report]) -> Iterator[str]:
     yield "<h2>As time went by</h2>"
     for place, report in enumerate(reports):
-        yield from _folded(report.cell.title, place < OPEN_GROUPS, _cell(report))
+        yield from folded(report.cell.title, place < OPEN_GROUPS, _cell(report))
 
 
 def _cell(report: Report) -> Iterator[str]:
     yield f'<p class="note">{escape("; ".join(_facts(report)))}</p>'
-    yield from _row([*map(panel, _queue_charts(report)), panel(_link_chart(report)), *_strips(report)])
+    yield from row([*map(panel, _queue_charts(report)), panel(_link_chart(report)), *_strips(report)])
 
 
 def _queue_charts(report: Report) -> Iterator[Chart]:
@@ -331,31 +249,6 @@ def _strip(worker: Worker, top: int) -> Iterator[str]:
     for shade in sorted(set(shades) - {0}):
         yield f'<path d="{"".join(shades[shade])}" class="busy" fill-opacity="{shade / SHADES:g}"/>'
     yield f'<text x="{NAME_WIDTH + STRIP_WIDTH + 6}" y="{bottom}" class="tick">{worker.busy:.0%} busy</text></g>'
-
-
-# Pieces
-
-
-def _charts(charts: Iterable[Chart]) -> Iterator[str]:
-    return _row(map(panel, charts))
-
-
-def _row(parts: Iterable[str]) -> Iterator[str]:
-    yield '<div class="charts">'
-    yield from parts
-    yield "</div>"
-
-
-def _folded(title: str, is_open: bool, parts: Iterable[str]) -> Iterator[str]:
-    yield f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>"
-    yield from parts
-    yield "</details>"
-
-
-def _definitions() -> Iterator[str]:
-    yield "<h2>What the numbers mean</h2>"
-    for line in DEFINITIONS:
-        yield f"<p>{escape(line)}</p>"
 
 
 DEFINITIONS = (

@@ -15,15 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.measures import Floats, Histogram
 from penstock.request import Timeline
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 FIRST_INTERVAL_S = 0.5
 MOST_SAMPLES = 400  # even: when there are so many, neighbours become one
-LEAST_GAP_S = 1e-6
-BUCKET_RATIO = 1.02
 NOBODY = 0  # the index of no worker, as of no tenant and no error
 
 
@@ -41,55 +39,6 @@ class LinkSample(NamedTuple):
     """One direction of a link since the last sample."""
 
     utilisation: float  # share of the bytes it could have carried
-
-
-class Histogram:
-    """Values in buckets that are 2 % wide: percentiles are within 1 %, count, mean and maximum exact."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = 0.0
-        self.most = 0.0
-        self._weights: list[int] = []
-
-    def add(self, value: float, weight: int = 1) -> None:
-        """Values up to a microsecond share a bucket."""
-        bucket = int(math.log(value / LEAST_GAP_S) / _LOG_RATIO) + 1 if value > LEAST_GAP_S else 0
-        weights = self._weights
-        if bucket >= len(weights):
-            weights.extend([0] * (bucket + 1 - len(weights)))
-        weights[bucket] += weight
-        self.count += weight
-        self.total += value * weight
-        if value > self.most:
-            self.most = value
-
-    def at(self, share: float) -> float:
-        """The least value that at least `share` of all do not exceed: the middle of its bucket. NaN if empty."""
-        rank = max(1, math.ceil(share * self.count))
-        below = 0
-        for bucket, weight in enumerate(self._weights):
-            below += weight
-            if below >= rank:
-                middle = LEAST_GAP_S * BUCKET_RATIO ** (bucket - 0.5) if bucket else LEAST_GAP_S
-                return min(middle, self.most)
-        return math.nan
-
-    def curve(self) -> list[tuple[float, float]]:
-        """The cumulative distribution, at the upper ends of buckets: (value, share up to it), from 0 to 1."""
-        points: list[tuple[float, float]] = []
-        below = 0
-        for bucket, weight in enumerate(self._weights):
-            end = LEAST_GAP_S * BUCKET_RATIO**bucket
-            if weight and (not points or points[-1][0] < end / BUCKET_RATIO):
-                points.append((end / BUCKET_RATIO, below / self.count))
-            if weight:
-                below += weight
-                points.append((end, below / self.count))
-        return points
-
-
-_LOG_RATIO = math.log(BUCKET_RATIO)
 
 
 class Series:

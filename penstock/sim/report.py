@@ -26,15 +26,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.sim.record import NOBODY, Floats, Histogram, Recorder, Requests, Series
+from penstock.measures import Curve, Floats, Histogram, Spread, curve, per, spread, spread_of
+from penstock.sim.record import NOBODY, Recorder, Requests, Series
 
 BUSIEST_LINKS = 8  # that are told one by one
 STRIPS = 256  # workers whose busy times are told one by one
 STRIP_SAMPLES = 100
-CURVE_SHARES = (*(share / 100 for share in range(100)), 0.995, 0.999, 1.0)
 
 Flags = NDArray[np.bool_]
-Curve = list[tuple[float, float]]  # rising (value, share of the values up to it)
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -58,18 +57,6 @@ class Cell(msgspec.Struct, frozen=True):
     @property
     def title(self) -> str:
         return f"{self.policy}, rate {self.rate:g}, {self.split}"
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """How values are spread. Seconds, if nothing else is said."""
-
-    count: int
-    mean: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-    max: float
 
 
 class Latencies(msgspec.Struct, frozen=True):
@@ -254,14 +241,14 @@ def _errors(recorder: Recorder, requests: Requests) -> dict[str, int]:
 
 
 def _throughput(requests: Requests, duration_s: float, gpus: int) -> Throughput:
-    prompt_tokens_per_s = _per(int(requests.prompt_tokens.sum()), duration_s)
-    output_tokens_per_s = _per(int(requests.output_tokens.sum()), duration_s)
+    prompt_tokens_per_s = per(int(requests.prompt_tokens.sum()), duration_s)
+    output_tokens_per_s = per(int(requests.output_tokens.sum()), duration_s)
     return Throughput(
-        requests_per_s=_per(len(requests.error), duration_s),
+        requests_per_s=per(len(requests.error), duration_s),
         prompt_tokens_per_s=prompt_tokens_per_s,
         output_tokens_per_s=output_tokens_per_s,
-        prompt_tokens_per_gpu_s=_per(prompt_tokens_per_s, gpus),
-        output_tokens_per_gpu_s=_per(output_tokens_per_s, gpus),
+        prompt_tokens_per_gpu_s=per(prompt_tokens_per_s, gpus),
+        output_tokens_per_gpu_s=per(output_tokens_per_s, gpus),
     )
 
 
@@ -269,7 +256,7 @@ def _latencies(requests: Requests, ended: Flags, gaps: Histogram) -> Latencies:
     begun_s = requests.begun_s[ended]
     return Latencies(
         ttft=spread(requests.first_s[ended] - begun_s),
-        itl=_spread_of(gaps),
+        itl=spread_of(gaps),
         tpot=spread(_tpot_s(requests)[ended]),
         second_token_gap=spread((requests.second_s - requests.first_s)[ended]),
         end_to_end=spread(requests.ended_s[ended] - begun_s),
@@ -280,24 +267,24 @@ def _latencies(requests: Requests, ended: Flags, gaps: Histogram) -> Latencies:
 def _curves(requests: Requests, ended: Flags, gaps: Histogram) -> Curves:
     begun_s = requests.begun_s[ended]
     return Curves(
-        ttft=_curve(requests.first_s[ended] - begun_s),
+        ttft=curve(requests.first_s[ended] - begun_s),
         itl=gaps.curve(),
-        tpot=_curve(_tpot_s(requests)[ended]),
-        second_token_gap=_curve((requests.second_s - requests.first_s)[ended]),
-        end_to_end=_curve(requests.ended_s[ended] - begun_s),
-        queue=_curve(requests.queued_s[ended]),
+        tpot=curve(_tpot_s(requests)[ended]),
+        second_token_gap=curve((requests.second_s - requests.first_s)[ended]),
+        end_to_end=curve(requests.ended_s[ended] - begun_s),
+        queue=curve(requests.queued_s[ended]),
     )
 
 
 def _attainment(met_ttft: Flags, met_tpot: Flags, duration_s: float, gpus: int) -> Attainment:
     count, both = len(met_ttft), int((met_ttft & met_tpot).sum())
-    goodput_per_s = _per(both, duration_s)
+    goodput_per_s = per(both, duration_s)
     return Attainment(
-        ttft=_per(int(met_ttft.sum()), count),
-        tpot=_per(int(met_tpot.sum()), count),
-        both=_per(both, count),
+        ttft=per(int(met_ttft.sum()), count),
+        tpot=per(int(met_tpot.sum()), count),
+        both=per(both, count),
         goodput_per_s=goodput_per_s,
-        goodput_per_gpu_s=_per(goodput_per_s, gpus),
+        goodput_per_gpu_s=per(goodput_per_s, gpus),
     )
 
 
@@ -312,7 +299,7 @@ def _kv(requests: Requests) -> Kv:
         copied_bytes=int(requests.copied_bytes.sum()),
         preemptions=int(requests.preemptions.sum()),
         prefill_attempts=int(requests.attempts.sum()),
-        hit_share=_per(cached_tokens, prompt_tokens),
+        hit_share=per(cached_tokens, prompt_tokens),
     )
 
 
@@ -322,7 +309,7 @@ def _tenants(recorder: Recorder, requests: Requests, ended: Flags, met: Flags) -
         own = requests.tenant == index
         if len(recorder.tenant_names) > 1 and own.any():
             ttft = spread((requests.first_s - requests.begun_s)[own & ended])
-            tenants.append(Tenant(name, int(own.sum()), ttft, _per(int((own & met).sum()), int(own.sum()))))
+            tenants.append(Tenant(name, int(own.sum()), ttft, per(int((own & met).sum()), int(own.sum()))))
     return tenants
 
 
@@ -399,48 +386,13 @@ def _links(series: Series) -> tuple[list[Link], OtherLinks]:
         [Link(names[link], means[link], peaks[link], _rounded(values[:, link])) for link in busiest],
         OtherLinks(
             count=len(others),
-            mean=_per(math.fsum(means[link] for link in others), len(others)),
+            mean=per(math.fsum(means[link] for link in others), len(others)),
             peak=max((peaks[link] for link in others), default=0.0),
         ),
     )
 
 
 # Numbers. Sums are exact (fsum), so that no processor's way of adding shows.
-
-
-def spread(values: Floats) -> Spread | None:
-    """Of the values that are not NaN; None if there are none."""
-    known = np.sort(values[~np.isnan(values)])
-    if not len(known):
-        return None
-    p50, p90, p95, p99 = (_nearest(known, share) for share in (0.5, 0.9, 0.95, 0.99))
-    return Spread(len(known), math.fsum(known) / len(known), p50, p90, p95, p99, float(known[-1]))
-
-
-def _spread_of(histogram: Histogram) -> Spread | None:
-    if not histogram.count:
-        return None
-    p50, p90, p95, p99 = (histogram.at(share) for share in (0.5, 0.9, 0.95, 0.99))
-    return Spread(histogram.count, histogram.total / histogram.count, p50, p90, p95, p99, histogram.most)
-
-
-def _nearest(ordered: Floats, share: float) -> float:
-    """Nearest rank in values that rise."""
-    return float(ordered[max(1, math.ceil(share * len(ordered))) - 1])
-
-
-def _curve(values: Floats) -> Curve:
-    """Where values are equal it climbs: of such points the first and the last are there."""
-    known = np.sort(values[~np.isnan(values)])
-    if not len(known):
-        return []
-    points = [(_nearest(known, share), share) for share in CURVE_SHARES]
-    inner = [
-        point
-        for before, point, after in zip(points, points[1:], points[2:], strict=False)
-        if not before[0] == point[0] == after[0]
-    ]
-    return [points[0], *inner, points[-1]]
 
 
 def _means(values: Floats) -> list[float]:
@@ -451,8 +403,3 @@ def _means(values: Floats) -> list[float]:
 def _rounded(values: Floats | Sequence[float]) -> list[float]:
     """For drawing: four digits are plenty."""
     return [round(float(value), 4) for value in values]
-
-
-def _per(amount: float, by: float) -> float:
-    """0 where nothing can be divided."""
-    return amount / by if by else 0.0

@@ -31,10 +31,10 @@ from penstock.sim.processes import Incarnation, Parts, Process, Processes, Timin
 from penstock.sim.record import LinkSample, Recorder, WorkerSample
 from penstock.sim.transport import FabricHub, FabricTransport
 from penstock.sim.wiring import Wiring
-from penstock.sim.workloads.workload import Session, Turn, Workload, play
 from penstock.tokens import count, pack
 from penstock.transport.api import Transport
 from penstock.transport.memory import MemoryHub, MemoryTransport, bare_region
+from penstock.workloads.workload import Session, Turn, Workload, play
 
 PATIENCE_S = 3600.0  # of clients: an overloaded cluster is to be seen as it is
 QUIET_S = 60.0  # between looks at what cannot change in virtual time

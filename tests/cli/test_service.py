@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from penstock.cli.frontend import service_options
-from penstock.cli.serve import service_flags
+from penstock.cli.frontends import service_flags
 from penstock.config import ServiceSettings, Tenant
 
 

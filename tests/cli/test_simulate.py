@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from penstock.cli import main
-from penstock.cli.output import OnProgress
-from penstock.cli.simulate import Plan, as_json, plans, play, play_all, show, split_name
+from penstock.cli.output import OnProgress, as_json
+from penstock.cli.simulate import Plan, plans, play, play_all, show, split_name
 from penstock.config import SimulationSettings, TargetSettings
 from penstock.errors import SetupError
 from penstock.sim import cluster_file
@@ -25,7 +25,7 @@ from penstock.sim.cluster import ClusterSpec
 from penstock.sim.record import Recorder
 from penstock.sim.report import Report, Slo, summarize
 from penstock.sim.simulation import Fault
-from penstock.sim.workloads.workload import Workload
+from penstock.workloads.workload import Workload
 from tests.sim.recorded import cell, recorded, report
 
 command = import_module("penstock.cli.simulate")  # `penstock.cli.simulate` is its function

@@ -9,7 +9,7 @@ import pytest
 
 from penstock.cli import sockets
 from penstock.config import ListenSettings
-from penstock.errors import SetupError, UnsafeBind
+from penstock.errors import AddressInUse, SetupError, UnsafeBind
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
@@ -75,3 +75,19 @@ def test_a_descriptor_that_is_no_socket_is_refused() -> None:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+def test_several_processes_listen_beside_the_socket_that_holds_their_port() -> None:
+    holder, registry = sockets.listen_at_both(ListenSettings(port=0), processes=2)
+    port = sockets.port_of(holder)
+    with holder, registry:
+        with pytest.raises(ConnectionRefusedError):  # it does not listen itself
+            socket.create_connection(("127.0.0.1", port))
+        with sockets.listen_beside(holder) as survivor:
+            with sockets.listen_beside(holder) as other:
+                assert sockets.port_of(survivor) == sockets.port_of(other) == port
+            for _ in range(20):  # all go to the one that is left
+                socket.create_connection(("127.0.0.1", port)).close()
+                survivor.accept()[0].close()
+            with pytest.raises(AddressInUse):  # another server
+                sockets.listen_at_both(ListenSettings(port=port, join_port=0), processes=2)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from penstock import plugin
 from penstock.blocks import BlockId, Region
-from penstock.engine.api import Engine, Slice, Step
+from penstock.engine.api import FEATURES, Engine, Past, ScoringEngine, Slice, Step
 from penstock.errors import EngineFailed
 from penstock.request import Sampling
 from tests.support import run
@@ -75,6 +77,12 @@ def test_its_info_is_known_before_it_is_entered(make: Make) -> None:
     assert info.shares_memory
 
 
+def test_who_supports_prompt_logprobs_scores(make: Make) -> None:
+    engine: Any = make()
+    assert set(engine.info.supports) <= set(FEATURES)
+    assert ("prompt_logprobs" in engine.info.supports) == isinstance(engine, ScoringEngine)
+
+
 def test_chunks_and_block_tables_do_not_matter(make: Make) -> None:
     async def story() -> None:
         async with make() as engine:
@@ -122,6 +130,21 @@ def test_neighbours_in_a_step_do_not_matter(make: Make) -> None:
             others = [Slice(PROMPT[:7], 0, table(10, 11), GREEDY), Slice(PROMPT[3:9], 0, table(12, 13))]
             together = await engine.step(Step(region, [others[0], mine, others[1]]))
             assert together[1] == alone and together[2] is None
+
+    run(story())
+
+
+def test_the_tokens_that_would_end_an_output_wait_for_min_tokens(make: Make) -> None:
+    async def story() -> None:
+        async with make() as engine:
+            region, blocks, outputs = a_region(engine), table(*range(5)), 3
+            engine.attach(region)
+            past = Past("s", array("I", PROMPT), len(PROMPT) - outputs)
+            ending = await sample(engine, region, PROMPT, 0, blocks)
+            for min_tokens in (outputs, outputs + 1):
+                sampling = structs.replace(GREEDY, stop_token_ids=(ending,), min_tokens=min_tokens)
+                (token,) = await engine.step(Step(region, [Slice(PROMPT, 0, blocks, sampling, past)]))
+                assert token is not None and (token.id == ending) == (min_tokens == outputs)
 
     run(story())
 

@@ -18,6 +18,7 @@ from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.decisions import Decided, Decision, Journal
 from penstock.serve.frontend import Frontend, FrontendOptions
 from penstock.serve.parsers.choice import pick
+from penstock.serve.siblings import Siblings
 from penstock.serve.text import Tokenizer
 from penstock.tokens import unpack
 from tests.serve.tokenizers_made import CHAT, byte_level
@@ -157,8 +158,10 @@ class FakeBackend:
             self.left.set()
 
 
-def frontend(backend: FakeBackend, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Frontend:
-    return Frontend(backend, {"demo": tokenizer}, Random(1), FrontendOptions(**options))
+def frontend(
+    backend: FakeBackend, tokenizer: Tokenizer = TOKENIZER, siblings: Siblings | None = None, **options: Any
+) -> Frontend:
+    return Frontend(backend, {"demo": tokenizer}, Random(1), FrontendOptions(**options), siblings=siblings)
 
 
 Message = MutableMapping[str, Any]
@@ -224,7 +227,7 @@ class Client:
             "method": method,
             "path": path,
             "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
-            "extensions": {"penstock.abort": {"abort": self._abort}},
+            "extensions": {"penstock.connection": {"abort": self._abort}},
         }
         await self.app(scope, receive, self._send)
         return self

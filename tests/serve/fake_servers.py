@@ -171,7 +171,7 @@ class FakeServer:
             whole = msgspec.json.encode({"choices": [], "kv_transfer_params": self.transfer})
             answer = Answer((whole,), b"application/json")
         if answer.dies_after == 0:
-            scope["extensions"]["penstock.abort"]["abort"]()
+            scope["extensions"]["penstock.connection"]["abort"]()
             return
         if answer.status == 200:
             await self.cache(_text_of(call.body))
@@ -181,7 +181,7 @@ class FakeServer:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", answer.kind)]})
         for number, part in enumerate(answer.parts):
             if answer.dies_after == number:
-                scope["extensions"]["penstock.abort"]["abort"]()
+                scope["extensions"]["penstock.connection"]["abort"]()
                 return
             await send({"type": "http.response.body", "body": part, "more_body": True})
             if part == b"wait":

@@ -93,8 +93,8 @@ async def play(
     both = engines(folder, engine)
     layout = both["d"][1].info.layout
     # Who joins has room for the prompt, not for the output as well.
-    blocks = 1 + layout.blocks_for(len(LONGEST) + TOKENS, SMALL_STEPS.limits.step_tokens)
-    async with cluster(both, route, SMALL_STEPS, blocks, transports) as site:
+    few_blocks = 1 + layout.blocks_for(len(LONGEST) + TOKENS, SMALL_STEPS.limits.step_tokens)
+    async with cluster(both, route, SMALL_STEPS, few_blocks, transports) as site:
         with mutant:
             outputs = await tell(site)
         load = site.workers["d"].load()

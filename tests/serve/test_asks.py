@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import BadRequest, PromptTooLong, RequestError, Unsupported
-from penstock.request import Sampling
+from penstock.request import Guide, Sampling
 from penstock.serve.asks import Ask, output_budget, parse_chat, parse_completion
 from penstock.serve.chat_template import Chat
 from penstock.serve.openai import error_body
@@ -111,7 +111,7 @@ def test_null_means_not_given() -> None:
     [
         {"n": 1, "echo": False, "best_of": 1},
         {"logit_bias": {}, "tools": [], "tool_choice": "none"},
-        {"response_format": {"type": "text"}},
+        {"response_format": {"type": "text"}, "guided_json": None},
         {"parallel_tool_calls": True, "service_tier": "auto", "store": False, "metadata": {}},
     ],
 )
@@ -127,7 +127,6 @@ def test_fields_that_ask_for_nothing_are_accepted(fields: dict[str, object]) -> 
         ("suffix", "x"),
         ("use_beam_search", True),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("metadata", {"a": "b"}),
         ("store", True),
@@ -245,6 +244,24 @@ def test_messages_become_what_templates_know() -> None:
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_guides() -> None:
+    ask = chat(response_format={"type": "json_object"})
+    assert (ask.given["guide"], ask.needs) == (Guide("json_object"), (("guide", "response_format"),))
+    assert completion(guided_regex="a+").given["guide"] == Guide("regex", "a+")
+    for fields in ({"guided_regex": "("}, {"guided_regex": "a", "guided_choice": ["a"]}):
+        with pytest.raises(BadRequest, match="guided"):
+            completion(**fields)
+
+
+def test_a_call_that_is_forced_is_guided() -> None:
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        ask = chat(tools=[TOOL], tool_choice=choice)
+        assert ask.needs == (("guide", "tool_choice"),)
+        assert isinstance(ask.given["guide"], Guide) and ask.given["guide"].kind == "json_schema"
+        with pytest.raises(BadRequest, match="leave one out"):
+            chat(tools=[TOOL], tool_choice=choice, guided_regex="a")
 
 
 def test_what_templates_are_told() -> None:

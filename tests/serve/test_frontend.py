@@ -208,6 +208,9 @@ def test_prompt_logprobs_in_vllms_form() -> None:
         name = byte_level().decode([prompt[1].id])
         assert second[str(prompt[1].id)] == {"logprob": -prompt[1].id / 100, "rank": None, "decoded_token": name}
         assert second["0"]["rank"] == 1
+        both = (await complete(app, prompt="fire and", prompt_logprobs=1, n=2)).json["choices"]
+        assert both[0]["prompt_logprobs"] == both[1]["prompt_logprobs"] == choice["prompt_logprobs"]
+        assert [request.sampling.prompt_logprobs for request in backend.requests[-2:]] == [1, None]
         chatted = (await chat(app, prompt_logprobs=1)).json
         assert len(chatted["prompt_logprobs"]) == backend.requests[-1].prompt_tokens
 
@@ -677,7 +680,7 @@ def test_a_client_that_leaves_before_its_body_is_whole() -> None:
 
 def test_a_client_that_sends_no_body_is_not_waited_for() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
-        assert (await Client(app).ask("POST", "/v1/completions", chunks=[])).status == 504
+        assert (await Client(app).ask("POST", "/v1/completions", chunks=[])).status == 408
 
     play(story)
 

@@ -139,10 +139,12 @@ def test_a_pool_too_small_for_everybody_changes_nothing(model: Path) -> None:
 
     async def story() -> list[list[Token]]:
         both = engines(model)
-        blocks = 5 + both["d"][1].info.layout.blocks_for(100, SMALL_STEPS.limits.step_tokens)
+        layout = both["d"][1].info.layout
+        blocks = 5 + layout.blocks_for(100, SMALL_STEPS.limits.step_tokens)
         async with cluster(both, ROUTES["mixed"], SMALL_STEPS, blocks) as site:
             outputs = await stagger(site, wanted, greedy(40))
-            assert site.workers["d"].load().preemptions > 0
+            if "all" in layout.keeps:  # a window alone does not grow while it decodes
+                assert site.workers["d"].load().preemptions > 0
             site.check_all_free()
             return outputs
 

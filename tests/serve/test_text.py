@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Codec
+from tokenizers import processors
 
 from penstock.errors import BadRequest, PromptTooLong, UnreadableModel
 from penstock.serve.chat_template import Chat
@@ -30,6 +31,33 @@ def test_what_fits_is_not_refused_however_long_its_words() -> None:
     assert run(tokenizer.encode_text("accelerators" * 6000, 6000)) == array(
         "I", [codec.token_to_id("accelerators")] * 6000
     )
+
+
+TEMPLATE = processors.TemplateProcessing("<s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        TEMPLATE,
+        processors.TemplateProcessing("$A", special_tokens=[]),
+        processors.ByteLevel(),
+        processors.Sequence([processors.ByteLevel(), TEMPLATE]),
+        processors.BertProcessing(("</s>", 1), ("<s>", 0)),
+        processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+    ],
+)
+@pytest.mark.parametrize("text", ["", "water", "<s>water</s>"])
+def test_texts_have_the_special_tokens_around_them_that_the_tokenizer_puts(
+    processor: processors.PostProcessor, text: str
+) -> None:
+    codec = Codec.from_str(byte_level().to_str())
+    codec.post_processor = processor
+    tokenizer = Tokenizer(codec, None, "m")
+    for add_special_tokens in (True, False):
+        expected = codec.encode(text, add_special_tokens=add_special_tokens).ids
+        assert list(run(tokenizer.encode_text(text, 100, add_special_tokens))) == expected
+        assert list(tokenizer.encode_text_nowait(text, add_special_tokens)) == expected
 
 
 def test_a_folder_gives_tokenizer_and_template(tmp_path: Path) -> None:

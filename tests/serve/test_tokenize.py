@@ -8,6 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from penstock.cluster import ModelCard
+from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.frontend import Frontend
 from penstock.serve.text import Tokenizer
 from penstock.tokens import unpack
@@ -49,11 +50,32 @@ def test_tokens_have_names() -> None:
     play(story)
 
 
-def test_a_conversation_has_the_tokens_that_are_computed_for_it() -> None:
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+ANSWERED = [
+    *MESSAGES,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "wet"},
+]
+TEMPLATE = "{{ (tools or []) | tojson }}{{ mood }}{% for message in messages %}{{ message | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": MESSAGES},
+        {"messages": ANSWERED, "tools": [{"type": "function", "function": {"name": "look"}}]},
+        {"messages": MESSAGES, "chat_template_kwargs": {"mood": "sad"}, "add_generation_prompt": False},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "wat"}], "continue_final_message": True},
+    ],
+)
+def test_a_conversation_has_the_tokens_that_are_computed_for_it(fields: dict[str, Any]) -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
-        tokens = await tokens_of(app, messages=MESSAGES)
-        client = await ask(app, "/v1/chat/completions", model="demo", messages=MESSAGES)
-        assert client.status == 200
+        tokenizer = Tokenizer(byte_level(), ChatTemplate(TEMPLATE, {}), "demo")
+        app = Frontend(backend, {"demo": tokenizer}, app._rng)
+        backend.models["demo"] = ModelCard("demo", 10_000)
+        tokens = await tokens_of(app, **fields)
+        client = await ask(app, "/v1/chat/completions", model="demo", **fields)
+        assert client.status == 200, client.json
         (request,) = backend.requests
         assert tokens == list(unpack(request.prompt))
 

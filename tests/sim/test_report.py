@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from penstock.request import Timeline
 from penstock.sim.record import LinkSample, Recorder, WorkerSample
-from penstock.sim.report import BUSIEST_LINKS, STRIP_SAMPLES, Report, Slo, spread, summarize
+from penstock.sim.report import BUSIEST_LINKS, STRIP_SAMPLES, Report, Slo, summarize
 from tests.sim.recorded import SLO, cell, recorded, report
-
-
-def nearest(values: list[float], percent: int) -> float:
-    return sorted(values)[max(1, -(-percent * len(values) // 100)) - 1]
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1))
-def test_percentiles_are_nearest_ranks(values: list[float]) -> None:
-    found = spread(np.array([*values, math.nan]))
-    assert found is not None
-    assert (found.count, found.max) == (len(values), max(values))
-    percentiles = (found.p50, found.p90, found.p95, found.p99)
-    assert percentiles == tuple(nearest(values, percent) for percent in (50, 90, 95, 99))
-    assert found.mean == pytest.approx(sum(values) / len(values))
 
 
 def small() -> Recorder:

@@ -17,8 +17,8 @@ from penstock.sim.cluster import ClusterSpec
 from penstock.sim.cluster_file import described
 from penstock.sim.record import Recorder, Requests
 from penstock.sim.simulation import Fault, simulate
-from penstock.sim.workloads.generated import Poisson, Shape, Spread, generated
-from penstock.sim.workloads.workload import Workload
+from penstock.workloads.generated import Poisson, Shape, Spread, generated
+from penstock.workloads.workload import Workload
 
 CLUSTER = """
 topology: hgx-h100

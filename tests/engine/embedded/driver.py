@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 
 import torch
 
 from penstock.blocks import BlockId, KvLayout, Region
-from penstock.engine.api import Engine, Slice, Step
+from penstock.engine.api import Engine, Past, Slice, Step
 from penstock.request import Sampling, Token
+from penstock.tokens import Tokens
 from tests.models import VOCABULARY
 
 GREEDY = Sampling(max_tokens=1, temperature=0)
@@ -50,11 +53,15 @@ def all_generated(folder: object, prompts: list[list[int]], tokens: int) -> list
 class Running:
     """One sequence. `computed` tokens have their keys and values in `blocks`."""
 
-    tokens: list[int]
+    past: Past
     blocks: list[BlockId]
     sampling: Sampling
     computed: int = 0
     output: list[Token] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.past.tokens
 
     @property
     def ids(self) -> list[int]:
@@ -68,35 +75,38 @@ class Driver:
         self.region = region or poisoned_region(engine.info.layout)
         self._engine = engine
         self._free = [BlockId(block) for block in range(self.region.blocks)]
+        self._names = count()
         Random(1).shuffle(self._free)
         engine.attach(self.region)
 
     def start(self, prompt: list[int], tokens: int, sampling: Sampling = GREEDY) -> Running:
         """A sequence with blocks for its prompt and `tokens` more."""
         wanted = self.region.layout.entries_for(len(prompt) + tokens)
-        return Running(list(prompt), [self._free.pop() for _ in range(wanted)], sampling)
+        past = Past(f"s{next(self._names)}", array("I", prompt), len(prompt))
+        return Running(past, [self._free.pop() for _ in range(wanted)], sampling)
 
     async def step(self, *work: tuple[Running, int]) -> None:
         """One step over so many tokens of each sequence; samples where they are the last."""
         slices = [
             Slice(
-                tokens=one.tokens[one.computed : one.computed + count],
+                tokens=one.tokens[one.computed : one.computed + tokens],
                 start=one.computed,
                 blocks=one.blocks,
-                sampling=one.sampling if one.computed + count == len(one.tokens) else None,
+                sampling=one.sampling if one.computed + tokens == len(one.tokens) else None,
+                past=one.past,
             )
-            for one, count in work
+            for one, tokens in work
         ]
         sampled = await self._engine.step(Step(self.region, slices))
-        for (one, count), token in zip(work, sampled, strict=True):
-            one.computed += count
+        for (one, tokens), token in zip(work, sampled, strict=True):
+            one.computed += tokens
             if token is not None:
                 one.tokens.append(token.id)
                 one.output.append(token)
 
     async def peek(self, one: Running, blocks: list[BlockId]) -> Token:
         """The token that follows, read through another block table; nothing of the sequence changes."""
-        last = Slice(one.tokens[-1:], len(one.tokens) - 1, blocks, one.sampling)
+        last = Slice(one.tokens[-1:], len(one.tokens) - 1, blocks, one.sampling, one.past)
         (token,) = await self._engine.step(Step(self.region, [last]))
         assert token is not None
         return token

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import SetupError
-from penstock.sim.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload, blocks_for
+from penstock.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload, blocks_for
 
 
 def mooncake(path: Path) -> Workload:

@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 from itertools import count
 from random import Random
 
-from penstock.sim.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload
+from penstock.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload
 
 TICK_S = 3.0
 MAX_PROMPT_TOKENS = 126_195

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from penstock.sim.workloads.generated import (
+from penstock.workloads.generated import (
     AGENT,
     CHAT,
     Arrivals,
@@ -22,8 +22,8 @@ from penstock.sim.workloads.generated import (
     Spread,
     generated,
 )
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.workload import BLOCK_TOKENS, Workload, blocks_for
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.workload import BLOCK_TOKENS, Workload, blocks_for
 
 PLAIN = Shape(first_tokens=Spread(700, 0.5), output_tokens=Spread(100))
 
@@ -138,9 +138,9 @@ def test_mooncake_like_blocks_name_prefixes() -> None:
 
 def test_one_seed_is_one_workload_in_every_process() -> None:
     script = """
-from penstock.sim.workloads.generated import *
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.workload import merged
+from penstock.workloads.generated import *
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.workload import merged
 print(list(merged(mooncake_like(7), generated(OnOff(5, 1, 1), AGENT, 7)).repeated(2).limited(50)))
 """
     printed = [

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from penstock.config import parse, settings, suggestion
 from penstock.errors import SetupError
-from penstock.sim.workloads.generated import (
+from penstock.workloads.generated import (
     AGENT,
     CHAT,
     Arrivals,
@@ -29,9 +29,9 @@ from penstock.sim.workloads.generated import (
     Spread,
     generated,
 )
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.traces import azure, mooncake
-from penstock.sim.workloads.workload import Workload
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.traces import azure, mooncake
+from penstock.workloads.workload import Workload
 
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]

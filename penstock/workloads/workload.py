@@ -11,7 +11,7 @@ depend on answers, and a turn comes `after_s` after the end of the one before it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -208,12 +208,20 @@ async def play(workload: Iterable[Session], ask: Ask) -> None:
     `ask` gets the session, the turn and its prompt, and returns the answer, both as packed tokens; None if there is no
     answer, which ends the session. What it raises ends everything.
     """
+    await start_each(workload, lambda session: _play_session(session, ask))
+
+
+async def start_each(workload: Iterable[Session], live: Callable[[Session], Coroutine[None, None, None]]) -> None:
+    """Has each session live from its start on, counted from now, and returns when all are over.
+
+    What one of them raises ends everything.
+    """
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
     async with asyncio.TaskGroup() as group:
         for session in workload:
             await _sleep_until(begun_s + session.start_s)
-            group.create_task(_play_session(session, ask), name=session.id)
+            group.create_task(live(session), name=session.id)
 
 
 async def _play_session(session: Session, ask: Ask) -> None:

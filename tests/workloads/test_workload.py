@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from penstock import clock
 from penstock.blocks import chain_hashes
 from penstock.sim.loop import run_virtual
-from penstock.sim.workloads.workload import (
+from penstock.tokens import count as count_tokens
+from penstock.tokens import pack, unpack
+from penstock.workloads.workload import (
     BLOCK_TOKENS,
     Ask,
     BlockSupply,
@@ -26,8 +28,6 @@ from penstock.sim.workloads.workload import (
     play,
     spell,
 )
-from penstock.tokens import count as count_tokens
-from penstock.tokens import pack, unpack
 
 
 def asks(*starts_s: float, name: str = "s", first_block: int = 0) -> Workload:

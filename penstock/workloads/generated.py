@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from random import Random
 from typing import Protocol
 
-from penstock.sim.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload
+from penstock.workloads.workload import BLOCK_TOKENS, BlockSupply, Session, Turn, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,16 @@ class Poisson:
         while True:
             now += rng.expovariate(self.per_s)
             yield now
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Equally far from each other."""
+
+    per_s: float
+
+    def times_s(self, rng: Random) -> Iterator[float]:
+        return (number / self.per_s for number in count())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import SetupError
-from penstock.sim.workloads.mooncake_like import mooncake_like
-from penstock.sim.workloads.named import KINDS, find
+from penstock.workloads.mooncake_like import mooncake_like
+from penstock.workloads.named import KINDS, find
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import SetupError
-from penstock.sim.workloads.traces import azure, mooncake
-from penstock.sim.workloads.workload import Session, Turn
+from penstock.workloads.traces import azure, mooncake
+from penstock.workloads.workload import Session, Turn
 
 ROW = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}
 
