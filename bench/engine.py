@@ -4,6 +4,8 @@ A Llama of 22 M parameters with random weights; contexts of 128 to 144 tokens. R
 reported: of wall time, and against transformers' generate() of process CPU time too. `--continuous-batching` adds that
 of transformers, `--vllm` an interpreter that has vLLM's CPU build (`make test-vllm` makes one), whose processes stand
 still while it is not their turn. Index building is the engine's own work before a forward pass.
+
+`--where` times no reference, and says instead where a step's time goes, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from pathlib import Path
 
 import torch
 from report import Row, emit
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import profile
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -40,6 +44,13 @@ STEPS = 16
 MIXED_BATCH, MIXED_CHUNK = 8, 256
 GREEDY = Sampling(max_tokens=STEPS, temperature=0)
 GENERATE, CONTINUOUS, VLLM = "generate()", "continuous batching", "vLLM"
+WHERE = {  # by the name of torch's operator
+    "linear layers": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
+    "products of attention": ("aten::bmm", "aten::baddbmm"),
+    "softmax": ("aten::_softmax",),
+    "keys and values gathered": ("aten::index_select",),
+    "keys and values written": ("aten::index_copy_",),
+}
 VLLM_AIMS = {"decode step, batch 32": 0.5}  # of its time; 1 where nothing is said
 CONFIG = LlamaConfig(
     vocab_size=8192,
@@ -87,6 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of a step, for all sides")
     parser.add_argument("--continuous-batching", action="store_true", help="that of transformers too: minutes")
     parser.add_argument("--vllm", metavar="PYTHON", default=os.environ.get("VLLM_PYTHON"), help="its interpreter")
+    parser.add_argument("--where", action="store_true", help="where a step's time goes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
@@ -94,7 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)
-        emit(asyncio.run(measure(folder, arguments)), arguments.json)
+        emit(asyncio.run(where(folder, arguments) if arguments.where else measure(folder, arguments)), arguments.json)
 
 
 async def measure(folder: str, arguments: argparse.Namespace) -> list[Row]:
@@ -108,6 +120,21 @@ async def measure(folder: str, arguments: argparse.Namespace) -> list[Row]:
                 for case in cases(bench, arguments.continuous_batching, other):
                     rows += await race(case, dtype, 3 if arguments.quick else 11)
     return rows + index_building()
+
+
+async def where(folder: str, arguments: argparse.Namespace) -> list[Row]:
+    """Of each case the time of a step, and what of it is spent in which operators: the least of some rounds."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        engine = EmbeddedEngine(Options(folder, device="cpu", dtype=dtype, threads=arguments.threads))
+        async with engine:
+            bench = Bench(engine, reference)
+            for batch in (1, 8, 32):
+                started = await bench.start(batch)
+                rows += await parts(f"decode step, batch {batch}, {dtype}", partial(bench.decode_on, *started), STEPS)
+            rows += await parts(f"prefill of {PREFILL_TOKENS}, {dtype}", bench.prefill, 1)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +180,21 @@ async def race(case: Case, dtype: str, rounds: int) -> list[Row]:
     return rows
 
 
+async def parts(title: str, measure: Callable[[], Awaitable[Spent]], steps: int) -> list[Row]:
+    """The least of some rounds, per step: of wall time, and of each kind of operator."""
+    whole = min([(await measure()).wall for _ in range(9)])
+    spent: dict[str, list[float]] = {}
+    for _ in range(5):
+        with profile(experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profiler:
+            await measure()
+        for operator in profiler.key_averages():
+            spent.setdefault(operator.key, []).append(operator.self_cpu_time_total / 1e3 / steps)
+    named = {kind: sum(min(spent.pop(name, [0.0])) for name in names) for kind, names in WHERE.items()}
+    named["other operators"] = sum(map(min, spent.values()))
+    named["outside operators"] = whole - sum(named.values())
+    return [Row(title, whole, "ms"), *(Row(f"  {kind}", own, "ms") for kind, own in named.items())]
+
+
 def aim(case: str, reference: str) -> float | None:
     return VLLM_AIMS.get(case, 1.0) if reference == VLLM else None
 
@@ -175,11 +217,16 @@ class Bench:
         engine.attach(self._region)
 
     async def decode(self, batch: int) -> Spent:
-        """The engine's time per step: prompts are computed first, in one step that does not count."""
+        return await self.decode_on(*await self.start(batch))
+
+    async def start(self, batch: int) -> tuple[list[int], list[list[BlockId]]]:
+        """First tokens and block tables of sequences whose prompts are computed in one step."""
         tables = self._tables(batch, PROMPT_TOKENS + STEPS)
         prompts = self._prompts[:batch].tolist()
-        whole = [Slice(prompt, 0, table, GREEDY) for prompt, table in zip(prompts, tables, strict=True)]
-        tokens = await self._step(whole)
+        return await self._step([Slice(p, 0, table, GREEDY) for p, table in zip(prompts, tables, strict=True)]), tables
+
+    async def decode_on(self, tokens: list[int], tables: list[list[BlockId]]) -> Spent:
+        """The time per step."""
         with Stopwatch() as watch:
             for position in range(PROMPT_TOKENS, PROMPT_TOKENS + STEPS):
                 tokens = await self._step(
