@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
+from random import Random, randrange
 
 from loadgen import Totals, chat_request, generate_load
 from report import Row, emit
@@ -97,8 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = make_model(Path(folder))
         bench = Bench(Path(folder), words, rounds, seconds, cores[0], arguments.dynamo)
-        rows = [row for case in cases for row in bench.measure(case)]
-    emit(rows, arguments.json)
+        emit((row for case in cases for row in bench.measure(case)), arguments.json)
 
 
 def quick(case: Case) -> Case:
@@ -263,9 +262,14 @@ def page(port: int, path: str) -> bytes:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Below those that the kernel gives to connections: none of them takes it before a server does."""
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", randrange(20_000, 32_000))) as listener:
+                port: int = listener.getsockname()[1]
+                return port
+        except OSError:  # taken
+            continue
 
 
 def cpu_of(process: int) -> float:
