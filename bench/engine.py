@@ -45,7 +45,7 @@ MIXED_BATCH, MIXED_CHUNK = 8, 256
 GREEDY = Sampling(max_tokens=STEPS, temperature=0)
 GENERATE, CONTINUOUS, VLLM = "generate()", "continuous batching", "vLLM"
 WHERE = {  # by the name of torch's operator
-    "linear layers": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
+    "linear layers (in float32 also attention of chunks)": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
     "products of attention": ("aten::bmm", "aten::baddbmm"),
     "softmax": ("aten::_softmax",),
     "keys and values gathered": ("aten::index_select",),
@@ -341,7 +341,8 @@ def vllm(python: str | None, folder: str, dtype: str, threads: int) -> Iterator[
         "VLLM_NO_USAGE_STATS": "1",
     }
     process = subprocess.Popen(
-        [python, str(Path(__file__).with_name("engine_vllm.py")), folder, dtype],
+        [python, "-c", "import engine_vllm; engine_vllm.run()", folder, dtype],
+        cwd=Path(__file__).parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

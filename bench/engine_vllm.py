@@ -1,6 +1,8 @@
 """vLLM's side of `engine.py`, for an interpreter that has it: measures what each line of standard input asks for.
 
-    python engine_vllm.py MODEL DTYPE        "decode BATCH" | "prefill" | "mixed BATCH CHUNK"  ->  milliseconds
+    python -c "import engine_vllm; engine_vllm.run()" MODEL DTYPE
+
+    "decode BATCH" | "prefill" | "mixed BATCH CHUNK"  ->  milliseconds
 
 Times are what a caller of AsyncLLM sees: the engine is processes of its own, and tokens come from there.
 """
@@ -83,5 +85,6 @@ class Bench:
         return stamps
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """For `python -c`: vLLM's processes import the main module again, where it is a file."""
     asyncio.run(main(*sys.argv[1:]))
