@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--threads", type=int, default=1, help="of a step, for all sides")
+    parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
     parser.add_argument("--continuous-batching", action="store_true", help="that of transformers too: minutes")
     parser.add_argument("--vllm", metavar="PYTHON", default=os.environ.get("VLLM_PYTHON"), help="its interpreter")
     parser.add_argument("--where", action="store_true", help="where a step's time goes")
@@ -111,7 +112,7 @@ def main() -> None:
 
 async def measure(folder: str, arguments: argparse.Namespace) -> list[Row]:
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in arguments.dtypes:
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         engine = EmbeddedEngine(Options(folder, device="cpu", dtype=dtype, threads=arguments.threads))
         with vllm(arguments.vllm, folder, dtype, arguments.threads) as other:
@@ -125,7 +126,7 @@ async def measure(folder: str, arguments: argparse.Namespace) -> list[Row]:
 async def where(folder: str, arguments: argparse.Namespace) -> list[Row]:
     """Of each case the time of a step, and what of it is spent in which operators: the least of some rounds."""
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in arguments.dtypes:
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         engine = EmbeddedEngine(Options(folder, device="cpu", dtype=dtype, threads=arguments.threads))
         async with engine:
