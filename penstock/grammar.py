@@ -57,7 +57,11 @@ def compile_guide(guide: Guide, tokenizer: LLTokenizer) -> LLMatcher:
     if len(guide.text) > MOST_CHARS[guide.kind]:
         raise BadRequest(f"a {guide.kind} has {MOST_CHARS[guide.kind]} characters at most, this one {len(guide.text)}")
     limits = _limits(guide.kind == "grammar")
-    matcher = LLMatcher(tokenizer, _grammar_of(guide), log_level=0, limits=limits)
+    try:
+        grammar = _grammar_of(guide)
+    except ValueError as error:  # of a schema that is nested too deep for the library, say
+        raise BadRequest(f"it cannot be followed: {error}") from None
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     raise_error_of(matcher)
     return matcher
 

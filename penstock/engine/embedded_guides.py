@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 V = TypeVar("V")
 
-_COMPILED = 64  # guides kept; one that fills its lexer takes about 20 MB
+_COMPILED = 64  # guides kept, beside those in a step; one that fills its lexer takes about 20 MB
 _FOLLOWED = 1024  # sequences whose matchers are kept, more than run at a time
 
 Words = npt.NDArray[np.int32]  # of 32 tokens each, a bit for each token
@@ -88,9 +88,10 @@ class Mask:
 
 @dataclass(slots=True)
 class _Followed:
-    """One sequence's matcher, and the output that it has taken in."""
+    """One sequence's matcher, which shares the lexer of the compiled one, and the output that it has taken in."""
 
     guide: Guide
+    compiled: LLMatcher
     matcher: LLMatcher
     output: Tokens = field(default_factory=lambda: array("I"))
     is_ended: bool = False  # by an EOS; what follows, with ignore_eos, is free
@@ -115,6 +116,7 @@ class Guides:
         self._tokenizer = tokenizer
         self._compiled: OrderedDict[Guide, LLMatcher] = OrderedDict()  # at the start; copies share a lexer
         self._followed: OrderedDict[str, _Followed] = OrderedDict()
+        self._present: frozenset[str] = frozenset()  # sequences of this step
 
     def mask(self, rows: Sequence[tuple[Sampling, Past]], logits: Tensor) -> Mask | None:
         """For the rows of `logits`, by what is asked and what comes before; None if no guide binds any of them.
@@ -124,6 +126,7 @@ class Guides:
         guided = [(row, s.guide, past) for row, (s, past) in enumerate(rows) if s.guide is not None]
         if not guided:
             return None
+        self._present = frozenset(past.sequence for _, _, past in guided)
         allowed: dict[int, Words] = {}
         failed: dict[str, PenstockError] = {}
         for row, guide, past in guided:
@@ -152,7 +155,8 @@ class Guides:
         output = past.output
         followed = self._followed.pop(past.sequence, None)
         if followed is None or not followed.fits(guide, output):
-            followed = _Followed(guide, self._compile(guide, tokenizer).deep_copy())
+            compiled = self._compile(guide, tokenizer)
+            followed = _Followed(guide, compiled, compiled.deep_copy())
         followed.advance(output, tokenizer.eos_tokens)
         words = None
         if not followed.is_ended:
@@ -162,9 +166,22 @@ class Guides:
         return words
 
     def _compile(self, guide: Guide, tokenizer: LLTokenizer) -> LLMatcher:
-        compiled = self._compiled.pop(guide, None) or compile_guide(guide, tokenizer)
+        compiled = self._compiled.pop(guide, None)
+        if compiled is None:
+            compiled = compile_guide(guide, tokenizer)
+            self._forget_strays()
         _keep(self._compiled, guide, compiled, _COMPILED)
         return compiled
+
+    def _forget_strays(self) -> None:
+        """Lets go of matchers that alone keep a lexer, of sequences that are not in this step: most have ended."""
+        strays = [
+            name
+            for name, followed in self._followed.items()
+            if name not in self._present and self._compiled.get(followed.guide) is not followed.compiled
+        ]
+        for name in strays:
+            del self._followed[name]
 
 
 def _unpack(allowed: dict[int, Words], logits: Tensor) -> Mask:

@@ -195,7 +195,7 @@ class LoadedModel:
             batch = build([piece], self._geometry)
             logits = self._forward(batch, torch.arange(len(piece.tokens), device=self._geometry.device), pool).float()
             end = piece.start + len(piece.tokens)
-            check_finite(logits.amax(-1), range(piece.start + 1, end + 1))
+            check_finite(logits.amax(-1), [(piece.past.sequence, at) for at in range(piece.start + 1, end + 1)])
             follow = piece.past.tokens[piece.start + 1 : min(end + 1, piece.past.prompt_tokens)]
             if follow:
                 told += with_logprobs(logits[: len(follow)], follow, [top] * len(follow))

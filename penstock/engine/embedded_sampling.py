@@ -17,11 +17,14 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from penstock.engine.api import NO_PAST, Past
+from penstock.engine.api import NO_PAST, Past, SequencesFailed
 from penstock.engine.chance import uniform
 from penstock.engine.embedded_guides import Guides
 from penstock.engine.embedded_penalties import Penalties
+from penstock.errors import EngineFailed
 from penstock.request import Sampling, Token
+
+_COLDEST = torch.finfo(torch.float32).tiny  # what is colder would be 0 in float32, and nothing could be drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,13 @@ class Sampler:
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Token]:
         """One token for each row of `logits` [rows, vocabulary], of any floating dtype.
 
-        Raises ValueError where a row holds no distribution: damaged keys and values, or a dtype that overflowed.
-        Raises SequencesFailed for guides that cannot be followed.
+        Raises SequencesFailed for guides that cannot be followed, and see `check_finite`.
         """
         mask = self._guides.mask([(draw.sampling, draw.past) for draw in draws], logits)  # a GPU still computes
         logits = logits.float()
         greedy = _best(logits)
-        check_finite(logits.gather(-1, greedy[:, None])[:, 0], [draw.position for draw in draws])
+        best = logits.gather(-1, greedy[:, None])[:, 0]
+        check_finite(best, [(draw.past.sequence, draw.position) for draw in draws])
         shaped = self._shape(logits, draws)
         if mask is not None:
             shaped = mask.apply(shaped, logits)
@@ -81,11 +84,18 @@ def _best(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(-1))  # torch's own takes ten times as long on the CPU
 
 
-def check_finite(best: Tensor, positions: Sequence[int]) -> None:
-    """Raises ValueError unless the largest logit of each row is a number."""
+def check_finite(best: Tensor, places: Sequence[tuple[str, int]]) -> None:
+    """Raises SequencesFailed unless the largest logit of each row is a number: for what is no distribution, since keys
+    and values were damaged or a dtype overflowed. `places` are the rows' sequences, and positions in them.
+    """
     if not best.isfinite().all():
-        damaged = [position for position, top in zip(positions, best.tolist(), strict=True) if not isfinite(top)]
-        raise ValueError(f"the logits for positions {damaged} of their sequences are not finite")
+        damaged = [place for place, top in zip(places, best.tolist(), strict=True) if not isfinite(top)]
+        raise SequencesFailed(
+            {
+                name: EngineFailed(f"{name}: the logits for position {position} are not finite")
+                for name, position in damaged
+            }
+        )
 
 
 def _choose(logits: Tensor, greedy: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -115,7 +125,7 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     sorted order, whereas here it only shifts the boundaries between tokens.
     """
     samplings = [draw.sampling for draw in draws]
-    temperatures = logits.new_tensor([s.temperature for s in samplings])[:, None]
+    temperatures = logits.new_tensor([s.temperature for s in samplings])[:, None].clamp_min(_COLDEST)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
     if any(s.min_p for s in samplings):  # of the likeliest, whose logit is 0 here
         scaled = scaled.masked_fill(scaled < logits.new_tensor([s.min_p for s in samplings]).log()[:, None], -torch.inf)

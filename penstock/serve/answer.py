@@ -30,6 +30,10 @@ from penstock.serve.text import Tokenizer
 from penstock.serve.tools import call_id
 from penstock.tokens import unpack
 
+AT_A_TIME = 64  # tokens whose log probabilities are written between two turns of the event loop
+
+_encode = msgspec.json.Encoder().encode
+
 
 class Record(msgspec.Struct):
     """What /debug/requests/{id} shows of a choice; the list of /debug/requests has its head. No prompt, and no answer.
@@ -69,7 +73,8 @@ class Manner:
         ask = self.ask
         stops = StopFinder(ask.stop, ask.includes_stop) if ask.stop else None
         shown = None if ask.shows_special else self.tokenizer.formats.keeps() if is_parsed else ()
-        return self.tokenizer.output(stops, self.dialect.is_continuation, ask.min_tokens, shown)
+        goes_on = self.dialect.is_continuation or (ask.chat is not None and ask.chat.continue_final_message)
+        return self.tokenizer.output(stops, goes_on, ask.min_tokens, shown)
 
     def parsed(self, request: Request, index: int, prompt_end: str) -> Parsed | None:
         """What reads a chat's answer where it may be more than text."""
@@ -79,6 +84,8 @@ class Manner:
             parser = forced.required(turn)
         elif tools.choice.mode == "named":
             parser = forced.named(tools.choice.name)
+        elif "guide" in self.ask.given:  # what it describes is the answer, with no room for the model's own markers
+            return None
         elif self.ask.chat is not None and self.tokenizer.formats.may_parse(turn):
             parser = self.tokenizer.formats.parser(turn)
         else:
@@ -87,6 +94,16 @@ class Manner:
 
     def logprobs(self, shown: Sequence[Shown]) -> Fields | None:
         return None if self.ask.logprobs is None else self.dialect.logprobs(shown, self.spell)
+
+    async def all_logprobs(self, shown: Sequence[Shown]) -> Fields | None:
+        """The same of many tokens, which may take a while."""
+        whole = self.logprobs(shown[:AT_A_TIME])
+        for start in range(AT_A_TIME, len(shown), AT_A_TIME):
+            await asyncio.sleep(0)
+            for name, values in (self.logprobs(shown[start : start + AT_A_TIME]) or {}).items():
+                if whole is not None and isinstance(every := whole[name], list) and isinstance(values, list):
+                    every += [msgspec.Raw(_encode(value)) for value in values]
+        return whole
 
 
 class Answer:
@@ -113,14 +130,16 @@ class Answer:
             return openai.DONE
         return self.choices[0].usage_event(self._usage()) + openai.DONE
 
-    def body(self) -> bytes:
+    async def body(self) -> bytes:
         """The whole answer, of complete choices."""
         manner, chosen = self._manner, self._best()
-        rendered = [choice.render(index) for index, choice in enumerate(chosen)]
+        rendered = [await choice.render(index) for index, choice in enumerate(chosen)]
+        for choice in self.choices:
+            choice.pass_over()
         first = chosen[0]
         more: Fields = {}
         if self.ask.chat is not None:
-            more |= first.of_prompt()
+            more |= await first.of_prompt()
         if self.ask.wants_timeline:
             more |= first.timeline_fields()
         return manner.dialect.answer(manner.heading, rendered, self._usage(), more)
@@ -174,13 +193,11 @@ class Choice:
         self._events = manner.dialect.events(heading, manner.ask.wants_usage, index)
         self._echoed = prompt.echoed
         self._texts: list[str] = []
-        self._ids: list[int] = []  # where they are shown
         self._is_plain = manner.ask.logprobs is None and not manner.ask.shows_token_ids
         self._finish: Finish | None = None
         self._last_s: float | None = None  # when the last tokens came
-        self._shown: list[Shown] = []
+        self._shown: list[Shown] = []  # those that no event told yet
         self._logprob = 0.0  # of all tokens
-        self._told = 0  # of those shown, as events of a parsed answer
         self._chars = len(self._echoed)
 
     @property
@@ -193,12 +210,16 @@ class Choice:
 
     # As events
 
-    def opening(self) -> bytes:
+    async def opening(self) -> bytes:
         """The events before the first token's."""
-        if not self._echoed:
-            return self._events.opening
-        logprobs = self._manner.logprobs(self._echoed_tokens()) if self.prompt_logprobs else None
-        return self._events.token_with(self._echoed, logprobs, {})
+        more: Fields = {"prompt_token_ids": list(unpack(self.request.prompt))} if self._ask.shows_token_ids else {}
+        if self._ask.chat is not None:
+            return self._events.opening(more)
+        if not self._echoed and not more:
+            return b""
+        echoed = await self._echoed_tokens()
+        logprobs = await self._manner.all_logprobs(echoed) if echoed else None
+        return self._events.token_with(self._echoed, logprobs, more)
 
     def events(self, tokens: Sequence[Token], finish: Finish | None, at_s: float) -> bytes:
         """One event for each token of the text."""
@@ -207,40 +228,44 @@ class Choice:
             return self._parsed_events(self._parsed, texts)
         if self._is_plain:
             return b"".join([self._events.token(text) for text in texts])
-        shown = self._shown[len(self._shown) - len(texts) :]
+        shown, self._shown = self._shown, []
         return b"".join([self._event_of(text, one) for text, one in zip(texts, shown, strict=True)])
 
     def closing(self) -> bytes:
         """The last events of this choice."""
         text, before = self._output.finish(), b""
+        logprobs: Fields | None = None
+        untold: Fields = {}
         if self._parsed is not None:
-            before = b"".join(map(self._events.delta, self._parsed.finish(text)))
+            before = b"".join([self._events.delta(fields, None, {}) for fields in self._parsed.finish(text)])
             text = ""
+            logprobs, untold = self._tell(self._shown)
         ending = self._settle()
+        ending.more.update(untold)
         more = self.timeline_fields() if self._ask.wants_timeline else {}
-        return before + self._events.finish(text, ending, more)
+        return before + self._events.finish(text, logprobs, ending, more)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._events.usage(usage)
 
     # As a whole
 
-    def render(self, index: int) -> bytes:
+    async def render(self, index: int) -> bytes:
         """This choice of a whole answer."""
         said = self._said()
-        shown = [*self._echoed_tokens(), *self._shown] if self._echoed and self.prompt_logprobs else self._shown
+        logprobs = await self._manner.all_logprobs([*await self._echoed_tokens(), *self._shown])
+        of_prompt = await self.of_prompt() if self._ask.chat is None else {}
         ending = self._settle()
-        if self._ask.chat is None:
-            ending.more.update(self.of_prompt())
+        ending.more.update(of_prompt)
         if self._ask.shows_token_ids:
-            ending.more["token_ids"] = self._ids
-        return self._manner.dialect.choice(index, said, self._manner.logprobs(shown), ending)
+            ending.more["token_ids"] = [one.token.id for one in self._shown]
+        return self._manner.dialect.choice(index, said, logprobs, ending)
 
-    def of_prompt(self) -> Fields:
+    async def of_prompt(self) -> Fields:
         """What was asked to be told of the prompt."""
         more: Fields = {}
-        if "prompt_logprobs" in self._ask.given and not self._ask.echoes:
-            more["prompt_logprobs"] = [None, *map(self._scored, self.prompt_logprobs)]
+        if (tops := self._ask.prompt_logprobs) is not None:
+            more["prompt_logprobs"] = [None, *await self._all_scored(tops)]
         if self._ask.shows_token_ids:
             more["prompt_token_ids"] = list(unpack(self.request.prompt))
         return more
@@ -273,12 +298,12 @@ class Choice:
             self.is_complete = True
             if finish.reason == "abort":
                 raise EngineFailed("the worker gave the request up")
-            if finish.stop_token is not None:
-                self.tokens += 1
-                tokens = tokens[:-1]
         if self._ask.max_tokens == 0:  # one had to be generated; the prompt alone was asked for
             self.is_complete = True
             return []
+        if finish is not None and finish.stop_token is not None:
+            self.tokens += 1
+            tokens = tokens[:-1]
         texts = []
         for token in tokens:
             texts.append(self._output.push(token.id))
@@ -289,6 +314,11 @@ class Choice:
         if not self._is_plain or self._ask.best_of > self._ask.n:
             self._note(tokens[: len(texts)], texts)
         return texts
+
+    def pass_over(self) -> None:
+        """The choice is complete; nothing changes unless others were better and it was not rendered."""
+        if self.record.state == "running":
+            self._settle()
 
     def fail(self, error: PenstockError) -> None:
         if self.record.state == "running":
@@ -311,16 +341,22 @@ class Choice:
         return self._manner.dialect.said(self._echoed + "".join(self._texts) + rest)
 
     def _parsed_events(self, parsed: Parsed, texts: Sequence[str]) -> bytes:
-        """As many events as there is something to show; log probabilities come with the first after their token."""
+        """As many events as there is something to show; what is told of tokens comes with the first after them."""
         events = []
-        untold = len(self._shown) - len(texts)
-        for number, text in enumerate(texts, 1):
+        for later, text in zip(reversed(range(len(texts))), texts, strict=True):
             for fields in parsed.push(text):
-                shown = self._shown[self._told : untold + number]
-                events.append(self._events.delta(fields, self._manner.logprobs(shown)))
-                self._told += len(shown)
+                until = max(0, len(self._shown) - later)
+                untold, self._shown = self._shown[:until], self._shown[until:]
+                events.append(self._events.delta(fields, *self._tell(untold)))
         self.is_complete = self.is_complete or parsed.is_complete
         return b"".join(events)
+
+    def _tell(self, shown: Sequence[Shown]) -> tuple[Fields | None, Fields]:
+        """Log probabilities and ids of tokens, as an event of a parsed answer has them."""
+        if not shown:
+            return None, {}
+        ids: Fields = {"token_ids": [one.token.id for one in shown]} if self._ask.shows_token_ids else {}
+        return self._manner.logprobs(shown), ids
 
     def _event_of(self, text: str, shown: Shown) -> bytes:
         more: Fields = {"token_ids": [shown.token.id]} if self._ask.shows_token_ids else {}
@@ -340,22 +376,34 @@ class Choice:
 
     def _note(self, tokens: Sequence[Token], texts: Sequence[str]) -> None:
         for token, text in zip(tokens, texts, strict=True):
-            self._ids.append(token.id)
             self._shown.append(Shown(token, self._chars))
             self._logprob += token.logprob or 0.0
             self._chars += len(text)
 
-    def _echoed_tokens(self) -> list[Shown]:
-        """The prompt's tokens with their log probabilities; the first one has none."""
+    async def _echoed_tokens(self) -> list[Shown]:
+        """The prompt's tokens with their log probabilities, where they are shown; the first one has none."""
+        if not self._echoed or self._ask.logprobs is None:
+            return []
         ids, at, shown = unpack(self.request.prompt), 0, []
-        for token in (Token(ids[0]), *self.prompt_logprobs):
-            shown.append(Shown(token, min(at, self._chars)))
+        for number, scored in enumerate((Token(ids[0]), *self.prompt_logprobs), 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            token = msgspec.structs.replace(scored, top=scored.top[: self._ask.logprobs])
+            shown.append(Shown(token, min(at, len(self._echoed))))
             at += len(self._manner.tokenizer.spell(token.id).decode(errors="replace"))
         return shown
 
-    def _scored(self, token: Token) -> Fields:
+    async def _all_scored(self, tops: int) -> list[msgspec.Raw]:
+        scored = []
+        for number, token in enumerate(self.prompt_logprobs, 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            scored.append(msgspec.Raw(_encode(self._scored(token, tops))))
+        return scored
+
+    def _scored(self, token: Token, tops: int) -> Fields:
         """vLLM's form: by token id, the token itself first; ranks count from 1 and are null beyond those asked for."""
-        ranked = {other: (logprob, rank) for rank, (other, logprob) in enumerate(token.top, 1)}
+        ranked = {other: (logprob, rank) for rank, (other, logprob) in enumerate(token.top[:tops], 1)}
         own = {token.id: (token.logprob, ranked.get(token.id, (None, None))[1])}
         return {
             str(each): {
@@ -370,6 +418,8 @@ class Choice:
         """The choice is complete: what is to be said and kept of it."""
         finish, timeline = self._finish, self._timeline()
         reason: str = "stop" if finish is None or self._output.stopped_by else finish.reason
+        if self._ask.max_tokens == 0:
+            reason = "length"
         if reason == "stop" and self._parsed is not None and self._parsed.has_calls:
             reason = "tool_calls"
         self.record.state = "finished"
@@ -389,7 +439,7 @@ class Choice:
         """The stop string, or the token of `stop_token_ids`; the end of a text is no reason that was asked for."""
         if self._output.stopped_by:
             return self._output.stopped_by
-        stop = None if self._finish is None else self._finish.stop_token
+        stop = None if self._finish is None or self._ask.max_tokens == 0 else self._finish.stop_token
         return stop if stop in self.request.sampling.stop_token_ids else None
 
     def _timeline(self) -> Timeline:

@@ -8,7 +8,7 @@ that are not implemented here, wrong types and values out of range alike. docs/a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -27,6 +27,11 @@ SESSION_CHARS = 256  # of the name of a session that tell it from others
 SEED_MASK = (1 << 63) - 1  # engines take seeds that are not negative
 STRING_CHARS = 512  # of a stop string, or a bad word
 MOST_CHOICES = 128  # of one request, over all its prompts
+# What keeps a body from holding up everybody else: its values cost more than its bytes.
+MOST_COMMAS = 1 << 20  # of a body, in texts, too: nearly each is a token
+MOST_BRACKETS = 1 << 17  # of a body, opening ones; objects cost most of all
+MOST_MESSAGES = 1 << 12  # of a conversation; so many parts, too, and calls, of all of them
+BAD_CHARS = 1 << 13  # of all bad words
 
 _encode = msgspec.json.Encoder().encode
 
@@ -56,6 +61,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     echoes: bool = False  # the text begins with the prompt
     takes_last_tokens: int | None = None  # so many of the prompt; None: all
     adds_special: bool = True  # what the tokenizer puts around a plain prompt
+    prompt_logprobs: int | None = None  # that are told in a field of their own
     shows_token_ids: bool = False
     names_tokens_by_id: bool = False  # in log probabilities
     is_stream: bool = False
@@ -79,18 +85,25 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         return Sampling(**{**defaults, **self.given, **known})  # type: ignore[arg-type]
 
 
-def output_budget(prompt_tokens: int, asked: int | None, default: int | None, context_tokens: int) -> int:
-    """How many tokens may be generated. Raises PromptTooLong if prompt and answer do not fit the context."""
+def output_budget(
+    prompt_tokens: int, asked: int | None, default: int | None, context_tokens: int, field: str = "prompt"
+) -> int:
+    """How many tokens may be generated. Raises PromptTooLong if prompt and answer do not fit the context.
+
+    `field` is where the prompt was given.
+    """
     room = context_tokens - prompt_tokens
     if room < 1:
         raise PromptTooLong(
             f"the prompt has {prompt_tokens} tokens; this model takes {context_tokens - 1} here, and one for the "
             "answer. Shorten the prompt",
+            field,
         )
     if asked is not None and asked > room:
         raise PromptTooLong(
             f"the prompt has {prompt_tokens} tokens and {asked} were asked for; prompt and answer share a context "
             f"of {context_tokens} tokens here. Shorten the prompt, or lower max_tokens to {room}",
+            "max_tokens",
         )
     return asked or min(room, default or room)
 
@@ -108,6 +121,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 # What is parsed in a second step, so that an error can say where it is wrong. `openapi` describes it by SHAPES.
 RawMessage = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})]
+RawMessages = Annotated[list[RawMessage], Meta(min_length=1, max_length=MOST_MESSAGES)]
 _RawPart = Annotated[dict[str, object], Meta(extra_json_schema={"$ref": "#/components/schemas/TextPart"})]
 _RawPrompt = Annotated[object, Meta(extra_json_schema={"type": ["integer", "string", "array"]})]
 
@@ -163,7 +177,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[RawMessage], Meta(min_length=1)]
+    messages: RawMessages
     max_completion_tokens: _Count | None = None
     tools: list[object] | None = None
     tool_choice: str | dict[str, object] | None = None
@@ -173,7 +187,7 @@ class ChatBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
-    documents: list[dict[str, object]] | None = None
+    documents: Annotated[list[dict[str, object]], Meta(max_length=MOST_MESSAGES)] | None = None
     logprobs: bool | None = None
     top_logprobs: _Tops | None = None
 
@@ -251,7 +265,7 @@ def parse_chat(body: bytes) -> Ask:
         raise BadRequest("give max_tokens or max_completion_tokens, not both", "max_tokens")
     if fields.max_tokens == 0:
         raise BadRequest("max_tokens: a chat has at least one token of answer", "max_tokens")
-    if fields.top_logprobs is not None and not fields.logprobs:
+    if fields.top_logprobs and not fields.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
     ask = _ask(fields, (fields.top_logprobs or 0) if fields.logprobs else None)
     max_tokens = fields.max_tokens or fields.max_completion_tokens
@@ -282,7 +296,7 @@ def parse_completion(body: bytes) -> Ask:
         raise BadRequest("max_tokens = 0 leaves nothing to answer but the prompt: set echo", "max_tokens")
     ask = _ask(fields, fields.logprobs)
     if fields.echo and fields.logprobs is not None:
-        ask.given.setdefault("prompt_logprobs", fields.logprobs)
+        ask.given["prompt_logprobs"] = max(fields.logprobs, fields.prompt_logprobs or 0)
     return msgspec.structs.replace(
         ask,
         prompts=prompts,
@@ -290,7 +304,7 @@ def parse_completion(body: bytes) -> Ask:
         best_of=best_of,
         echoes=bool(fields.echo),
         adds_special=fields.add_special_tokens is not False,
-        needs=(*ask.needs, *((("prompt_logprobs", "echo"),) if fields.echo and fields.logprobs is not None else ())),
+        needs=(*ask.needs, *_needs_of_completion(fields, best_of > n)),
     )
 
 
@@ -317,6 +331,7 @@ def conversation_of(fields: ChatBody, tools: Tools) -> Chat:
             "continue_final_message goes on with the last message: leave add_generation_prompt out",
             "continue_final_message",
         )
+    _refuse_many_parts(fields.messages)
     return Chat(
         [_parse_message(message, f"messages[{i}]") for i, message in enumerate(fields.messages)],
         tools=[tool.for_template() for tool in tools.offered] if tools.choice.mode != "none" else (),
@@ -327,7 +342,18 @@ def conversation_of(fields: ChatBody, tools: Tools) -> Chat:
     )
 
 
+def _refuse_many_parts(messages: Sequence[Mapping[str, object]]) -> None:
+    for name in ("content", "tool_calls"):
+        parts = sum(len(value) for message in messages if isinstance(value := message.get(name), list))
+        if parts > MOST_MESSAGES:
+            raise BadRequest(f"messages: {name} has {parts} parts in all; the most is {MOST_MESSAGES}", "messages")
+
+
 def _load(body: bytes) -> dict[str, object]:
+    if body.count(b",") > MOST_COMMAS:
+        raise BadRequest(f"the body has more than {MOST_COMMAS} commas, and so more values or tokens; shorten it")
+    if body.count(b"{") + body.count(b"[") > MOST_BRACKETS:
+        raise BadRequest(f"the body has more than {MOST_BRACKETS} opening brackets; shorten it")
     try:
         return msgspec.json.decode(body, type=dict[str, object])
     except msgspec.ValidationError as error:
@@ -388,6 +414,8 @@ def _parse_prompts(prompt: str | list[object]) -> tuple[Prompt, ...]:
     if isinstance(prompt, str):
         return (prompt,)
     first = prompt[0]
+    if isinstance(first, str | list) and len(prompt) > MOST_CHOICES:
+        raise BadRequest(f"prompt: there are {len(prompt)}; the most is {MOST_CHOICES}", "prompt")
     if isinstance(first, str):
         return tuple(convert(prompt, list[Annotated[str, Meta(min_length=1)]], "prompt"))
     if isinstance(first, list):
@@ -400,6 +428,8 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         raise BadRequest("stream_options needs stream: true", "stream_options")
     if fields.prompt_logprobs is not None and fields.stream:
         raise BadRequest("prompt_logprobs are told with a whole answer: leave stream out", "prompt_logprobs")
+    if (chars := sum(map(len, fields.bad_words or ()))) > BAD_CHARS:
+        raise BadRequest(f"bad_words: they have {chars} characters in all; the most is {BAD_CHARS}", "bad_words")
     stop = fields.stop
     n = fields.n or 1
     asked = find_guide({name: value for name in FIELDS if (value := getattr(fields, name)) is not None})
@@ -414,6 +444,7 @@ def _ask(fields: Body, logprobs: int | None) -> Ask:
         includes_stop=bool(fields.include_stop_str_in_output),
         shows_special=fields.skip_special_tokens is False,
         takes_last_tokens=fields.truncate_prompt_tokens,
+        prompt_logprobs=fields.prompt_logprobs,
         shows_token_ids=bool(fields.return_token_ids),
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         is_stream=bool(fields.stream),
@@ -450,6 +481,13 @@ def _biased(token: str) -> int:
     if not (token.isascii() and token.isdigit() and len(token) < 10):
         raise BadRequest(f"logit_bias: {token[:40]!r} is no token id", "logit_bias")
     return int(token)
+
+
+def _needs_of_completion(fields: CompletionBody, has_best: bool) -> Iterator[tuple[str, str]]:
+    if fields.echo and fields.logprobs is not None:
+        yield "prompt_logprobs", "echo"
+    if has_best:
+        yield "logprobs", "best_of"
 
 
 def _needs(fields: Body, logprobs: int | None) -> tuple[tuple[str, str], ...]:

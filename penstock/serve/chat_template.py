@@ -127,7 +127,7 @@ def _parse_call(call: object) -> object:
         case {"function": {"arguments": str(text), **function}, **rest}:
             try:
                 arguments = json.loads(text) if text else {}
-            except ValueError:
+            except (ValueError, RecursionError):
                 return call
             return {**rest, "function": {**function, "arguments": arguments}}
     return call

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import msgspec
+import numpy as np
 
 from penstock import clock
 from penstock.cluster import Member
@@ -116,6 +117,7 @@ class Decoder:
         self,
         member: Member,
         eos_token_ids: tuple[int, ...],
+        vocab_size: int,
         shared: Shared,
         cache: PrefixCache,
         stepper: Stepper,
@@ -127,6 +129,7 @@ class Decoder:
         self.is_draining = False
         self._member = member
         self._eos = eos_token_ids
+        self._vocab_size = vocab_size
         self._shared = shared
         self._cache = cache
         self._stepper = stepper
@@ -178,9 +181,11 @@ class Decoder:
         limit = self._member.max_context_tokens
         if request.sequence_tokens >= limit:
             raise PromptTooLong(f"the prompt has {request.sequence_tokens} tokens; prompt and output share {limit}")
+        if (largest := np.frombuffer(request.prompt, "<u4").max()) >= self._vocab_size:  # tokenizers may know more
+            raise BadRequest(f"the prompt has token {largest}; the model's last is {self._vocab_size - 1}", "prompt")
         if request.sampling.guide is not None:
             self._check_supports("guide")
-        if (top := request.sampling.prompt_logprobs) is not None:
+        if (top := request.sampling.prompt_logprobs) is not None and not request.progress.count:
             self._check_supports("prompt_logprobs")
             self._check_scores(request.prompt_tokens, top)
 
@@ -206,7 +211,7 @@ class Decoder:
             most_tokens=min(request.prompt_tokens + sampling.max_tokens, self._member.max_context_tokens),
             may_stop=bool(sampling.stop_token_ids) or (bool(self._eos) and not sampling.ignore_eos),
             on_scored=lambda scored: sequence.prompt_logprobs.extend(scored),
-            scores=None if request.progress.count else sampling.prompt_logprobs,  # with output, they have been told
+            scores=None if request.progress.count else sampling.prompt_logprobs,  # they came with the first output
         )
         timeline = Timeline(
             decode_worker=self._member.worker, why=ask.plan.why, prompt_tokens=request.prompt_tokens, failures=[]

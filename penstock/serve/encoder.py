@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 GROUP_CHARS = 1 << 14  # are encoded at a time
 LONG_CHARS_PER_TOKEN = 4  # a piece with more for each token it may have is first measured in parts
 CUT_TOKENS = 16  # by how much cutting a text in two anywhere can change its number of tokens, generously
+INLINE_CUT_CHARS = 1 << 18  # texts with more are cut in a thread; these take a few ms
 CACHE_BYTES = 64 << 20
 ENTRY_BYTES = 300  # of a remembered piece beside its text and its tokens
 
@@ -65,7 +66,7 @@ class Encoder:
 
     async def encode(self, text: str, at_most: int) -> Tokens:
         """Raises PromptTooLong for some texts over `at_most` tokens, before they cost more than one that long."""
-        pieces = self._cutter.cut(text)
+        pieces = await self._cut(text)
         known = {piece: tokens for piece in pieces if (tokens := self._memory.find(piece)) is not None}
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in known]
         if missing:
@@ -74,6 +75,11 @@ class Encoder:
         for piece in pieces:
             whole.extend(known[piece])
         return whole
+
+    async def _cut(self, text: str) -> list[str]:
+        if self._offload is None or len(text) <= INLINE_CUT_CHARS:
+            return self._cutter.cut(text)
+        return await self._offload(lambda: self._cutter.cut(text))
 
     async def _encode_new(self, pieces: Sequence[str], at_most: int) -> list[Tokens]:
         encode = self._codec.encode

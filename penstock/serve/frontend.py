@@ -251,7 +251,7 @@ class Frontend:
         arrived_s = now()
         with self._admitted():
             async with asyncio.timeout(self._options.timeout_s):
-                body = await exchange.read_body(self._options.body_bytes)
+                body = await self._read(exchange)
                 answer = await self._understand(exchange, dialect, body, arrived_s)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -266,9 +266,18 @@ class Frontend:
         """What needs no worker's time."""
         with self._admitted():
             async with asyncio.timeout(self._options.timeout_s):
-                body = await exchange.read_body(self._options.body_bytes)
+                body = await self._read(exchange)
                 answer = await tell(body, self._find_model, self._served())
             await exchange.respond(200, answer)
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        """A body of JSON."""
+        body = await exchange.read_body(self._options.body_bytes)
+        kind = exchange.headers.get(b"content-type", b"application/json")
+        if kind.partition(b";")[0].strip().lower() != b"application/json":
+            # Also what keeps web pages of other origins from asking: a browser sends them no other type unasked.
+            raise BadRequest("the body must be JSON; send the header Content-Type: application/json")
+        return body
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -288,11 +297,10 @@ class Frontend:
 
     async def _understand(self, exchange: Exchange, dialect: Dialect, body: bytes, arrived_s: float) -> Answer:
         """Everything that can be refused without asking a worker is refused here."""
-        kind = exchange.headers.get(b"content-type", b"application/json")
-        if kind.partition(b";")[0].strip().lower() != b"application/json":
-            # Also what keeps web pages of other origins from asking: a browser sends them no other type unasked.
-            raise BadRequest("the body must be JSON; send the header Content-Type: application/json")
-        ask = dialect.parse(body)
+        try:
+            ask = dialect.parse(body)
+        except RecursionError:
+            raise BadRequest("the body is nested too deep") from None
         if exchange.headers.get(b"x-penstock-timeline") == b"1":
             ask = msgspec.structs.replace(ask, wants_timeline=True)
         card, tokenizer = self._find_model(ask.model)
@@ -367,12 +375,12 @@ class Frontend:
                     choice.begin(stream.prompt_logprobs)
                     if not exchange.is_started:  # not sooner: what fails before the first token has its own status
                         await exchange.begin()
-                    await exchange.write(choice.opening(), at_s)
+                    await exchange.write(await choice.opening(), at_s)
                 await exchange.write(events, at_s)
 
     async def _respond(self, exchange: Exchange, answer: Answer) -> None:
         await _each(answer, self._collect_choice)
-        await exchange.respond(200, answer.body())
+        await exchange.respond(200, await answer.body())
 
     async def _collect_choice(self, choice: Choice) -> None:
         async with self._backend.generate(choice.request) as stream:

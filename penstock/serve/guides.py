@@ -1,4 +1,4 @@
-"""What the output must look like, from the fields of a request. Pure; used by `openai`.
+"""What the output must look like, from the fields of a request. Pure; used by `asks`.
 
     response_format       OpenAI's: {"type": "text" | "json_object" | "json_schema", "json_schema": {...}}
     structured_outputs    vLLM's: one of json, regex, choice, grammar, json_object
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
 from penstock import grammar
 from penstock.errors import BadRequest
 from penstock.request import Guide
-
-T = TypeVar("T")
+from penstock.serve.fields import convert
 
 FIELDS = (
     "response_format",
@@ -63,6 +62,18 @@ class _Structured(msgspec.Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
 
 
+class _Guided(msgspec.Struct):
+    """The same under older names."""
+
+    guided_json: str | dict[str, object] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def structured(self) -> _Structured:
+        return _Structured(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+
+
 def find_guide(fields: Mapping[str, object]) -> Asked | None:
     """What a body's `FIELDS`, as decoded from JSON, ask for; None: free text. Others are ignored, null is not given.
 
@@ -89,12 +100,11 @@ def check(guide: Guide, field: str) -> None:
 def _parse(field: str, value: object) -> Asked | None:
     match field:
         case "response_format":
-            guide = _of_format(_convert(value, _Format, field))
+            guide = _of_format(convert(value, _Format, field))
         case "structured_outputs":
-            guide = _of_structured(_convert(value, _Structured, field), field)
+            guide = _of_structured(convert(value, _Structured, field), field)
         case _:
-            kind = field.removeprefix("guided_")
-            guide = _of_structured(_convert({kind: value}, _Structured, field), field)
+            guide = _of_structured(convert({field: value}, _Guided, "").structured(), field)
     return None if guide is None else Asked(guide, field)
 
 
@@ -123,10 +133,3 @@ def _of_structured(asked: _Structured, field: str) -> Guide | None:
     if len(guides) > 1:
         raise BadRequest(f"{field} takes one of json, regex, choice, grammar and json_object", field)
     return guides[0] if guides else None
-
-
-def _convert(value: object, shape: type[T], field: str) -> T:
-    try:
-        return msgspec.convert(value, shape)
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"{field}: {error}", field) from None

@@ -12,12 +12,13 @@ from random import Random
 import msgspec
 
 from penstock.cluster import ModelCard
-from penstock.errors import BadRequest, Unsupported
+from penstock.errors import BadRequest, PromptTooLong, Unsupported
 from penstock.request import Request, Sampling
 from penstock.serve.asks import Ask, Prompt, output_budget
-from penstock.serve.text import Tokenizer
+from penstock.serve.text import MOST_TOKENS, Tokenizer
 from penstock.tokens import pack
 
+MOST_TOLD = 1 << 21  # ids and log probabilities of prompts, by one answer
 END_TOKENS = 32  # of a prompt, that parsers see
 
 
@@ -37,13 +38,20 @@ def check_needs(ask: Ask, card: ModelCard) -> None:
 
 
 async def encode_prompts(ask: Ask, tokenizer: Tokenizer, context_tokens: int) -> list[Sequence[int]]:
-    """Raises BadRequest for prompts without tokens and for tokens that the model does not have."""
-    if ask.chat is not None:
-        name = "messages"
-        prompts: list[Sequence[int]] = [await tokenizer.encode_chat(ask.chat, context_tokens)]
-    else:
-        name = "prompt"
-        prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
+    """Raises PromptTooLong, and BadRequest for prompts without tokens and for tokens that the model does not have.
+
+    `context_tokens` is what the model takes; what is to be cut down to its last tokens may be longer.
+    """
+    if ask.takes_last_tokens is not None:
+        context_tokens = MOST_TOKENS
+    name = _field_of_prompt(ask)
+    try:
+        if ask.chat is not None:
+            prompts: list[Sequence[int]] = [await tokenizer.encode_chat(ask.chat, context_tokens)]
+        else:
+            prompts = [await _encode(prompt, ask, tokenizer, context_tokens) for prompt in ask.prompts]
+    except PromptTooLong as error:
+        raise PromptTooLong(str(error), name) from None
     if not all(prompts):
         raise BadRequest(f"{name}: it makes no tokens", name)
     return [prompt if ask.takes_last_tokens is None else prompt[-ask.takes_last_tokens :] for prompt in prompts]
@@ -84,10 +92,11 @@ def requests_of(
     ask: Ask, prompts: Sequence[Sequence[int]], card: ModelCard, default_tokens: int | None, like: Request
 ) -> list[Request]:
     """One for each choice, prompt by prompt, otherwise like the one given. Raises PromptTooLong, BadRequest."""
+    _refuse_much_told(ask, prompts, like.sampling)
     requests: list[Request] = []
     asked = ask.max_tokens if ask.max_tokens is None else max(1, ask.max_tokens)  # 0: the prompt alone is told
     for prompt in prompts:
-        budget = output_budget(len(prompt), asked, default_tokens, card.max_context_tokens)
+        budget = output_budget(len(prompt), asked, default_tokens, card.max_context_tokens, _field_of_prompt(ask))
         if (least := like.sampling.min_tokens) > budget:
             raise BadRequest(f"min_tokens = {least} is over the {budget} tokens that may be generated", "min_tokens")
         packed = pack(prompt)
@@ -98,6 +107,22 @@ def requests_of(
             id = f"{like.id}-{len(requests)}" if requests else like.id
             requests.append(msgspec.structs.replace(like, id=id, prompt=packed, sampling=sampling))
     return requests
+
+
+def _refuse_much_told(ask: Ask, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Each choice of a plain completion tells of its prompt anew, a chat does so once."""
+    scores = 0 if sampling.prompt_logprobs is None else sampling.prompt_logprobs + 1
+    told = (scores + ask.shows_token_ids + ask.echoes) * ask.n * sum(map(len, prompts))
+    if ask.chat is None and told > MOST_TOLD:
+        raise BadRequest(
+            f"n: so many choices would tell {told} values of their prompts; the most is {MOST_TOLD}. Ask for fewer, or "
+            "leave echo, prompt_logprobs and return_token_ids out",
+            "n",
+        )
+
+
+def _field_of_prompt(ask: Ask) -> str:
+    return "prompt" if ask.chat is None else "messages"
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:

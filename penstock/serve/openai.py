@@ -77,7 +77,7 @@ class Dialect:
     """One way of asking: how its request is read and its answer is written.
 
     A stream's text, as JSON, lies between the two halves of `chunk_choice`; `opening` is the choice of the event before
-    the first token's. `said` is what a whole answer's choice says.
+    the first token's, empty where there is none. `said` is what a whole answer's choice says.
     """
 
     id_prefix: str
@@ -107,7 +107,7 @@ class Dialect:
 class Events:
     """The server-sent events of one choice of a stream, as bytes. What does not change is made once."""
 
-    __slots__ = ("_after", "_before", "_close", "_end", "_head", "_index", "opening")
+    __slots__ = ("_after", "_before", "_close", "_end", "_head", "_index", "_opening")
 
     def __init__(self, dialect: Dialect, heading: Heading, wants_usage: bool, index: int) -> None:
         before, self._close = dialect.chunk_choice
@@ -116,10 +116,12 @@ class Events:
         self._end = b',"usage":null}\n\n' if wants_usage else b"}\n\n"
         self._before = self._head + self._index + before
         self._after = self._close + b',"logprobs":null,"finish_reason":null}]' + self._end
-        self.opening = b""
-        if dialect.opening:
-            nothing = b',"logprobs":null,"finish_reason":null}]'
-            self.opening = self._head + self._index + dialect.opening + nothing + self._end
+        self._opening = dialect.opening
+
+    def opening(self, more: Fields) -> bytes:
+        """The event before the first token's, in dialects that have one; `more` is beside the choices."""
+        nothing = b',"logprobs":null,"finish_reason":null}]'
+        return self._head + self._index + self._opening + nothing + _joined(more) + self._end
 
     def token(self, text: str) -> bytes:
         """One token's event; `text` is what it adds, perhaps nothing yet."""
@@ -130,14 +132,14 @@ class Events:
         shown = b',"logprobs":' + _encode(logprobs) + b',"finish_reason":null' + _joined(more) + b"}]"
         return self._before + _encode(text) + self._close + shown + self._end
 
-    def delta(self, fields: Fields, logprobs: Fields | None = None) -> bytes:
+    def delta(self, fields: Fields, logprobs: Fields | None, more: Fields) -> bytes:
         """An event of a chat that adds other things than text."""
-        shown = b',"logprobs":' + _encode(logprobs) + b',"finish_reason":null}]'
+        shown = b',"logprobs":' + _encode(logprobs) + b',"finish_reason":null' + _joined(more) + b"}]"
         return self._head + self._index + b'"delta":' + _encode(fields) + shown + self._end
 
-    def finish(self, text: str, ending: Ending, more: Fields) -> bytes:
+    def finish(self, text: str, logprobs: Fields | None, ending: Ending, more: Fields) -> bytes:
         """The last event of this choice; `text` is what was held back until the end, `more` is beside the choices."""
-        finished = b',"logprobs":null' + ending.fields() + b"]" + _joined(more)
+        finished = b',"logprobs":' + _encode(logprobs) + ending.fields() + b"]" + _joined(more)
         return self._before + _encode(text) + self._close + finished + self._end
 
     def usage(self, usage: Usage) -> bytes:
@@ -213,7 +215,9 @@ def _spelled(token: int, logprob: float | None, spell: Spell) -> Fields:
 
 
 def _completion_logprobs(shown: Sequence[Shown], spell: Spell) -> Fields:
-    tops = [{_name(other, spell): finite(logprob) for other, logprob in one.token.top} for one in shown]
+    """Among the likeliest of each place is the token itself, however unlikely, as OpenAI has it."""
+    likeliest = [((one.token.id, one.token.logprob), *one.token.top) for one in shown]
+    tops = [{_name(other, spell): finite(logprob) for other, logprob in ranked} for ranked in likeliest]
     return {
         "tokens": [_name(one.token.id, spell) for one in shown],
         "token_logprobs": [finite(one.token.logprob) for one in shown],

@@ -86,6 +86,7 @@ class ToolCallPiece(msgspec.Struct):
 class Said(msgspec.Struct):
     role: Literal["assistant"]
     content: str | None
+    refusal: None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
@@ -112,6 +113,7 @@ class ChatEventChoice(msgspec.Struct):
     logprobs: dict[str, object] | None = None
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
 class TextChoice(msgspec.Struct):
@@ -148,6 +150,7 @@ class ChatEvent(Heading, kw_only=True):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatEventChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
     penstock: Told | None = None
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 PIECE_CHARS = 128  # in a piece, if not in the last one
+SEARCH_CHARS = 1 << 16  # searched at a time, a fraction of a millisecond
 STRETCH_CHARS = 1024  # from a cut to the next one before a space, if not a little more
 
 _BEFORE_SPACE = re.compile(r"[A-Za-z](?= )")
@@ -59,11 +60,19 @@ _PATTERNS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Cutter:
-    """The cuts that are safe for one tokenizer. Patterns are of added tokens, the longest first."""
+class Words:
+    """What to look for, the longest first."""
 
-    first: re.Pattern[str] | None  # those that are looked for before anything else
-    second: re.Pattern[str] | None  # those that are looked for between them
+    pattern: re.Pattern[str]
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """The cuts that are safe for one tokenizer, by its added tokens."""
+
+    first: Words | None  # those that are looked for before anything else
+    second: Words | None  # those that are looked for between them
     is_split_at_spaces: bool
 
     def cut(self, text: str) -> list[str]:
@@ -82,10 +91,16 @@ class Cutter:
             gap = end
 
 
-def _spans(pattern: re.Pattern[str] | None, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    if pattern is not None and start < end:
-        for found in pattern.finditer(text, start, end):
+def _spans(words: Words | None, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where the words stand in a part of the text. It is searched bit by bit: a search lets no other thread run."""
+    while words is not None and start < end:
+        edge = start + SEARCH_CHARS
+        for found in words.pattern.finditer(text, start, min(end, edge + words.longest - 1)):
+            if found.start() >= edge:
+                break
             yield found.span()
+            start = found.end()
+        start = max(start, edge)
 
 
 def _apart(marks: Iterable[int]) -> Iterator[int]:
@@ -101,11 +116,14 @@ def _with_spaces(text: str, ends: Sequence[int]) -> Iterator[int]:
     """`ends`, and cuts in stretches that are long."""
     start = 0
     for end in ends:
-        while end - start > STRETCH_CHARS:
-            found = _BEFORE_SPACE.search(text, start + STRETCH_CHARS, end)
+        searched = start + STRETCH_CHARS
+        while searched < end:
+            found = _BEFORE_SPACE.search(text, searched, min(end, searched + SEARCH_CHARS))
             if found is None:
-                break
+                searched += SEARCH_CHARS - 1  # the space may be the next one
+                continue
             start = found.end()
+            searched = start + STRETCH_CHARS
             yield start
         yield end
         start = end
@@ -126,9 +144,11 @@ def cutter_of(tokenizer: tokenizers.Tokenizer) -> Cutter:
     )
 
 
-def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
+def _any_of(contents: Iterable[str]) -> Words | None:
     longest_first = sorted(contents, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    if not longest_first:
+        return None
+    return Words(re.compile("|".join(map(re.escape, longest_first))), len(longest_first[0]))
 
 
 def _is_alike_everywhere(tokenizer: tokenizers.Tokenizer) -> bool:

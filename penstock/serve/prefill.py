@@ -15,7 +15,7 @@ from penstock import clock
 from penstock.blocks import BlockId, Region
 from penstock.cluster import Member
 from penstock.engine.api import Engine
-from penstock.errors import BadRequest, Overloaded, StaleEpoch, WorkerDraining
+from penstock.errors import BadRequest, Overloaded, StaleEpoch, Unsupported, WorkerDraining
 from penstock.kv.prefix_cache import PrefixCache
 from penstock.serve.handoff import Alive, Begin, PrefillAsk, decode_prefill_ask, decode_settle_ask
 from penstock.serve.job import Job
@@ -126,6 +126,8 @@ class Prefiller:
             raise WorkerDraining(f"{self._member.worker} is draining")
         if len(self._jobs) >= self._options.max_queued:
             raise Overloaded(f"{self._member.worker} has {len(self._jobs)} prefills queued, its limit")
+        if ask.sampling.guide is not None and "guide" not in self._member.supports:  # or all is computed for nothing
+            raise Unsupported(f"the engine of {self._member.worker} has no guide", "guide")
         if not ask.offers:
             raise BadRequest(f"{self._member.worker} was asked to prefill into no region")
         if ask.offers[0].layout != self._member.layout:

@@ -337,17 +337,9 @@ class Stepper:
         try:
             is_scored = any(part.scores is not None for part in step.slices)
             results = await (self._score(chosen, step) if is_scored else self._ask_engine(step, steps))
-        except PenstockError as error:
+        except (PenstockError, SequencesFailed) as error:
             self._land()
-            for run, _ in chosen:
-                run.on_error(error)
-            return
-        except SequencesFailed as failed:
-            self._land()
-            for run, _ in chosen:
-                if why := failed.errors.get(run.past.sequence):
-                    self._remove(run)
-                    run.on_error(why)
+            self._drop(chosen, error)
             return
         except BaseException:  # cancelled, or a bug of the engine: who waits for the end of this step may go on
             self._land()
@@ -362,6 +354,15 @@ class Stepper:
             if run not in left:
                 run.computed += tokens + made - 1
                 run.on_step(sampled)
+
+    def _drop(self, chosen: list[tuple[Run, int]], error: PenstockError | SequencesFailed) -> None:
+        """Takes out whose step failed, before the next one is planned; others are where they were before it."""
+        self._free_s = clock.now()
+        for run, _ in chosen:
+            why = error.errors.get(run.past.sequence) if isinstance(error, SequencesFailed) else error
+            if why is not None:
+                self._remove(run)
+                run.on_error(why)
 
     async def _ask_engine(self, step: Step, steps: int) -> list[list[Token]]:
         """What was sampled for each slice."""

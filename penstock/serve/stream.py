@@ -24,7 +24,9 @@ from penstock.errors import (
     NoWorker,
     Overloaded,
     PenstockError,
+    PromptTooLong,
     UnknownModel,
+    Unsupported,
     WorkerDraining,
     WorkerLost,
     WorkerStalled,
@@ -37,6 +39,8 @@ from penstock.tokens import pack
 log = logging.getLogger(__name__)
 
 NO_EPOCH = -1
+
+_ITS_OWN = (WorkerDraining, Unsupported, PromptTooLong)  # why a worker that is well refuses what another may take
 
 _TIMES = ("prefill_started_s", "prefill_ended_s", "first_token_s", "decoding_s", "ended_s")
 
@@ -137,7 +141,7 @@ class Stream:
         while True:
             try:
                 return self._take(await self._receive())
-            except (ConnectionLost, WorkerLost, WorkerStalled, WorkerDraining, Overloaded) as error:
+            except (ConnectionLost, WorkerLost, WorkerStalled, Overloaded, *_ITS_OWN) as error:
                 await self.close()
                 await self._replace(error)
                 await self._open()
@@ -189,7 +193,7 @@ class Stream:
         self._tried[self.worker] = self._standing.member.epoch
         if isinstance(error, Overloaded) and self._output:
             self._tried[self.worker] = NO_EPOCH  # asked again when something has changed
-        elif not isinstance(error, WorkerDraining):
+        elif not isinstance(error, _ITS_OWN):
             self._router.avoid(self._standing)
             self._attempts += 1
         options = self._router.options

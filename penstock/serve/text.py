@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 INLINE_TOKENS = 1 << 12  # more are decoded in a thread; these take under a millisecond
+INLINE_MESSAGES = 256  # and documents; conversations with more are rendered in a thread
+MOST_TOKENS = 1 << 20  # of one text that may be longer than a prompt
 
 
 class Tokenizer:
@@ -76,7 +78,12 @@ class Tokenizer:
                 "into its folder",
                 "messages",
             )
-        return await self.encode_text(self._template.render(chat), at_most, add_special_tokens)
+        return await self.encode_text(await self._render(self._template, chat), at_most, add_special_tokens)
+
+    async def _render(self, template: ChatTemplate, chat: Chat) -> str:
+        if self._offload is None or len(chat.messages) + len(chat.documents) <= INLINE_MESSAGES:
+            return template.render(chat)
+        return await self._offload(lambda: template.render(chat))
 
     def encode_text_nowait(self, text: str, add_special_tokens: bool = True) -> Tokens:
         """For short texts: encodes on the loop, and remembers nothing."""

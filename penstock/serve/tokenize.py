@@ -14,12 +14,11 @@ from msgspec import Meta
 
 from penstock.cluster import ModelCard
 from penstock.errors import BadRequest, NoWorker
-from penstock.serve.asks import ChatBody, RawMessage, conversation_of, read_body
-from penstock.serve.text import Tokenizer
+from penstock.serve.asks import ChatBody, RawMessages, conversation_of, read_body
+from penstock.serve.text import MOST_TOKENS, Tokenizer
 from penstock.serve.tools import parse_tools
 from penstock.tokens import Tokens
 
-MOST_TOKENS = 1 << 20  # of one text; it may be longer than a prompt
 NAMES_AT_A_TIME = 1 << 12  # looked up between two turns of the event loop
 
 FindModel: TypeAlias = Callable[[str], tuple[ModelCard, Tokenizer]]  # raises UnknownModel, NoWorker
@@ -31,7 +30,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[RawMessage], Meta(min_length=1)] | None = None
+    messages: RawMessages | None = None
     tools: list[object] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

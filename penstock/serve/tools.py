@@ -20,6 +20,7 @@ from penstock.serve.parsers.api import Call, ToolCallArguments, ToolCallStart
 Schema = dict[str, object]  # JSON Schema
 
 MAX_TOOLS = 128  # OpenAI's
+MAX_TOOLS_BYTES = 1 << 19  # of all of them, as JSON: templates write it out
 CALL_ID_CHARS = 9  # Mistral's templates take letters and digits, exactly so many; others take anything
 _ID_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -27,12 +28,11 @@ _Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A function that the model may call. `is_strict`: its arguments must follow the schema."""
+    """A function that the model may call."""
 
     name: str
     description: str
     parameters: Schema  # of an object
-    is_strict: bool
 
     def for_template(self) -> dict[str, object]:
         """As chat templates take it."""
@@ -78,7 +78,7 @@ class _Function(msgspec.Struct, forbid_unknown_fields=True):
     name: _Name
     description: str | None = None
     parameters: dict[str, object] | None = None
-    strict: bool | None = None
+    strict: bool | None = None  # changes nothing: calls that are forced follow their schema, others need not
 
 
 class _Tool(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,6 +107,8 @@ def parse_tools(
 def _parse_offered(raw: Sequence[object]) -> tuple[Tool, ...]:
     if len(raw) > MAX_TOOLS:
         raise BadRequest(f"tools has {len(raw)} tools; the most is {MAX_TOOLS}", "tools")
+    if (size := len(msgspec.json.encode(raw))) > MAX_TOOLS_BYTES:
+        raise BadRequest(f"tools has {size} bytes; the most is {MAX_TOOLS_BYTES}", "tools")
     offered = tuple(_parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(raw))
     names: list[str] = []
     for i, tool in enumerate(offered):
@@ -126,7 +128,7 @@ def _parse_tool(raw: object, where: str) -> Tool:
         path = f"{where}.function.parameters.type"
         raise BadRequest(f"{path}: arguments are an object, so this must be 'object'", path)
     schema = {"type": "object", "properties": {}} | parameters
-    return Tool(function.name, function.description or "", schema, function.strict is True)
+    return Tool(function.name, function.description or "", schema)
 
 
 def _parse_choice(raw: object, offered: Sequence[Tool]) -> Choice:

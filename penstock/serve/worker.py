@@ -245,7 +245,7 @@ class Worker:
         )
         lender = Lender(self._cache, self._leases, self._stepper, shared, endpoint, options.lend)
         self._decoder = Decoder(
-            *(self._member, engine.info.eos_token_ids, shared, self._cache),
+            *(self._member, engine.info.eos_token_ids, engine.info.vocab_size, shared, self._cache),
             *(self._stepper, lender, endpoint, options.decode),
         )
         self._prefiller = Prefiller(

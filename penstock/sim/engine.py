@@ -44,7 +44,7 @@ class ModelledEngine:
             name="modelled",
             model=options.model,
             layout=options.layout,
-            vocab_size=TOKEN.id + 1,
+            vocab_size=1 << 32,  # whatever a workload calls a token
             max_context_tokens=options.max_context_tokens,
             eos_token_ids=(),
             device="modelled",

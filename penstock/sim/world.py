@@ -9,7 +9,7 @@ run_virtual(story())
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -27,7 +27,7 @@ from penstock.request import Constraints, Finish, Request, Sampling
 from penstock.serve.kv_watch import NewFeed
 from penstock.serve.router import FEEDS, Router, ServiceOptions
 from penstock.serve.worker import Worker, WorkerOptions
-from penstock.sim.faults import FAIR, MortalEngine, Weather
+from penstock.sim.faults import FAIR, Fate, MortalEngine, Weather
 from penstock.sim.network import Network
 from penstock.sim.processes import Hub, Incarnation, Parts, Processes, Timing
 from penstock.sim.transport import FabricHub, FabricTransport
@@ -47,6 +47,7 @@ class Shape:
 
     With `is_streamed` each worker has a GPU, eight to an HGX node, and KV crosses links; else all share one memory. It
     then goes the ways named, the first of them as RDMA does, without the owner; over "tcp" owners take what arrives.
+    `new_engine` makes engines that are odd in other ways than those of `sim.faults`.
     """
 
     prefill: int = 1
@@ -58,6 +59,7 @@ class Shape:
     timing: Timing = field(default_factory=Timing)
     is_streamed: bool = False
     ways: tuple[str, ...] = ("rdma",)
+    new_engine: Callable[[EngineOptions, Fate], MortalEngine] = MortalEngine
 
     def names(self) -> list[tuple[str, Role]]:
         counts: list[tuple[Role, int]] = [("prefill", self.prefill), ("decode", self.decode), ("any", self.either)]
@@ -175,7 +177,7 @@ class World(Processes):
             addresses=(who.address,),
             kv_bytes=shape.kv_blocks * 16 * shape.engine.block_tokens,
         )
-        engine = MortalEngine(shape.engine, who.fate)
+        engine = shape.new_engine(shape.engine, who.fate)
         if not shape.is_streamed:
             return Parts(options, engine, heap_region, [MemoryTransport(self.memory)])
         number = names.index(who.name) if who.name in names else len(names)

@@ -109,7 +109,7 @@ def test_null_means_not_given() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 1, "echo": False, "best_of": 1},
+        {"n": 1, "echo": False, "best_of": 1, "top_logprobs": 0},
         {"logit_bias": {}, "tools": [], "tool_choice": "none"},
         {"response_format": {"type": "text"}, "guided_json": None},
         {"parallel_tool_calls": True, "service_tier": "auto", "store": False, "metadata": {}},
@@ -184,6 +184,15 @@ def test_what_is_not_implemented_is_refused_by_name(name: str, value: object) ->
         ({"stream": True, "stream_options": {"x": True}}, "stream_options.x"),
         ({"penstock": {"timelin": True}}, "penstock.timelin"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "hi"}] * 4097}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 3000}] * 2}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}] * 5000}]}, "messages"),
+        ({"documents": [{}] * 4097}, "documents"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * (1 << 19)}}]}, "tools"),
+        ({"bad_words": ["x" * 500] * 20}, "bad_words"),
+        ({"user": "," * ((1 << 20) + 1)}, None),
+        ({"user": "[" * (1 << 17)}, None),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -299,7 +308,7 @@ def test_the_fields_of_plain_completions() -> None:
     ask = completion(echo=True, logprobs=3, best_of=4, n=2, max_tokens=0, add_special_tokens=False)
     assert (ask.echoes, ask.best_of, ask.n, ask.max_tokens, ask.adds_special) == (True, 4, 2, 0, False)
     assert ask.given == {"logprobs": 3, "prompt_logprobs": 3}
-    assert ask.needs == (("logprobs", "logprobs"), ("prompt_logprobs", "echo"))
+    assert ask.needs == (("logprobs", "logprobs"), ("prompt_logprobs", "echo"), ("logprobs", "best_of"))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +318,8 @@ def test_the_fields_of_plain_completions() -> None:
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt": ["a"] * 65, "n": 2}, "n"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": [[1]] * 129}, "prompt"),
         ({"prompt": ["a", ""]}, "prompt[1]"),
         ({"prompt": [[1], []]}, "prompt[1]"),
     ],
@@ -397,3 +408,4 @@ def test_what_does_not_fit_is_told_the_numbers(prompt: int, asked: int | None) -
     with pytest.raises(PromptTooLong, match=f"has {prompt} tokens.*(99|100)") as caught:
         output_budget(prompt, asked, None, 100)
     assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == ("max_tokens" if prompt < 100 else "prompt")

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import types
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import pytest
 import tokenizers
@@ -19,6 +20,8 @@ from penstock.serve.pieces import cutter_of
 from penstock.tokens import Tokens, pack
 from tests.serve.tokenizers_made import TEXT, byte_level, sentencepiece
 from tests.support import run
+
+T = TypeVar("T")
 
 TURNS = [f"<|user|>{TEXT} ({turn})</s><|assistant|>{TEXT[::-1]} ({turn})</s>" for turn in range(5)]
 
@@ -104,6 +107,19 @@ def test_only_what_is_long_leaves_the_loop() -> None:
     run(remembering.encode(TEXT, 100_000))
     run(remembering.encode(long, 100_000))  # is remembered
     assert sent == [0, 0]
+
+
+def test_what_is_very_long_is_cut_elsewhere() -> None:
+    sent: list[object] = []
+
+    async def offload(work: Callable[[], T]) -> T:
+        sent.append(result := work())
+        return result
+
+    remembering, _ = made(byte_level(), offload=offload)
+    text = "<s>" * (encoder.INLINE_CUT_CHARS // 3 + 1)
+    assert list(run(remembering.encode(text, len(text)))) == [0] * (len(text) // 3)
+    assert sent[0] == cutter_of(byte_level()).cut(text)
 
 
 def test_too_much_is_given_up_early() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from penstock.errors import (
     WorkerLost,
 )
 from penstock.request import Request, Token
+from penstock.serve.chat_template import ChatTemplate
 from penstock.serve.frontend import Frontend
 from penstock.serve.text import Tokenizer
 from penstock.sim.loop import run_virtual
@@ -30,6 +32,7 @@ from penstock.tokens import unpack
 from tests.serve.fake_backend import (
     CALLER,
     CARD,
+    TOKENIZER,
     Client,
     FakeBackend,
     News,
@@ -43,10 +46,11 @@ from tests.serve.fake_backend import (
     frontend,
     get,
     saying,
+    scored_as,
     stuck,
     tokens_of,
 )
-from tests.serve.tokenizers_made import byte_level
+from tests.serve.tokenizers_made import CHAT, byte_level, sentencepiece
 
 Story = Callable[[Frontend, FakeBackend], Awaitable[None]]
 
@@ -174,6 +178,8 @@ def test_the_best_of_several_choices_is_the_likeliest() -> None:
         assert [(each["index"], each["text"]) for each in client.json["choices"]] == [(0, "number 3"), (1, "number 2")]
         assert client.json["choices"][0]["logprobs"] is None
         assert client.json["usage"]["completion_tokens"] == sum(len(tokens_of(f"number {i}")) for i in range(4))
+        records = (await get(app, "/debug/requests")).json["requests"]
+        assert [record["state"] for record in records] == ["finished"] * 4
 
     play(story, counting())
 
@@ -193,10 +199,53 @@ def test_echoed_prompts_come_with_their_log_probabilities() -> None:
         assert whole["choices"][0]["text"] == "fire"
         assert whole["usage"]["completion_tokens"] == 0
         assert backend.requests[-1].sampling.max_tokens == 1
+        assert whole["choices"][0]["finish_reason"] == "length"
+        (short,) = (await complete(app, prompt=[70], echo=True, logprobs=0, max_tokens=0)).json["choices"]
+        assert short["logprobs"]["token_logprobs"] == [None]
+        first, *_ = (await complete(app, prompt=[70], echo=True, logprobs=0, stream=True)).events
+        assert first["choices"][0]["logprobs"] == short["logprobs"]
         events = (await complete(app, prompt="fire", echo=True, stream=True)).events
         assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "firewater and power"
 
     play(story)
+
+
+def test_a_prompt_alone_has_no_output_even_if_the_model_would_end_there() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        whole = (await complete(app, echo=True, max_tokens=0)).json
+        assert whole["usage"]["completion_tokens"] == 0
+        assert whole["choices"][0]["finish_reason"] == "length"
+
+    play(story, saying("w", finish("stop", stop_token=1)))
+
+
+def test_others_have_their_turn_while_many_log_probabilities_are_written() -> None:
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield [scored_as(70)] * 1000, finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 10_000, CARD.supports)
+        counting = asyncio.create_task(count_turns())
+        for asked in ({"logprobs": 0}, {"prompt_logprobs": 0}):
+            turns_before = turns
+            assert (await complete(app, prompt=[70] * 1000, **asked)).status == 200
+            assert turns - turns_before >= 1000 // 64
+        shown = (await chat(app, logprobs=True)).json["choices"][0]["logprobs"]["content"]
+        assert [one["logprob"] for one in shown] == [-0.7] * 1000
+        (answer,) = (await complete(app, prompt=[70] * 1000, echo=True, logprobs=1)).json["choices"]
+        assert answer["logprobs"]["text_offset"] == list(range(2000))
+        assert answer["logprobs"]["token_logprobs"] == [None] + [-0.7] * 1999
+        counting.cancel()
+
+    play(story, script)
 
 
 def test_prompt_logprobs_in_vllms_form() -> None:
@@ -211,6 +260,11 @@ def test_prompt_logprobs_in_vllms_form() -> None:
         both = (await complete(app, prompt="fire and", prompt_logprobs=1, n=2)).json["choices"]
         assert both[0]["prompt_logprobs"] == both[1]["prompt_logprobs"] == choice["prompt_logprobs"]
         assert [request.sampling.prompt_logprobs for request in backend.requests[-2:]] == [1, None]
+        (echoed,) = (await complete(app, prompt="fire and", prompt_logprobs=1, echo=True)).json["choices"]
+        assert (echoed["prompt_logprobs"], echoed["logprobs"]) == (choice["prompt_logprobs"], None)
+        (echoed,) = (await complete(app, prompt="fire and", prompt_logprobs=1, echo=True, logprobs=0)).json["choices"]
+        assert echoed["prompt_logprobs"] == choice["prompt_logprobs"]
+        assert echoed["logprobs"]["top_logprobs"][1] == {name: -prompt[1].id / 100}
         chatted = (await chat(app, prompt_logprobs=1)).json
         assert len(chatted["prompt_logprobs"]) == backend.requests[-1].prompt_tokens
 
@@ -222,10 +276,23 @@ def test_token_ids_are_told_where_they_are_asked_for() -> None:
         (choice,) = (await complete(app, return_token_ids=True, truncate_prompt_tokens=1)).json["choices"]
         assert choice["token_ids"] == [token.id for token in tokens_of("water and power")]
         assert choice["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt)) == [tokens_of("water")[-1].id]
-        *events, _, _ = (await complete(app, return_token_ids=True, stream=True)).events
+        first, *events, _, _ = (await complete(app, return_token_ids=True, stream=True)).events
+        assert first["choices"][0]["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt))
         assert [event["choices"][0]["token_ids"] for event in events] == [[id] for id in choice["token_ids"]]
+        first, *_ = (await chat(app, return_token_ids=True, stream=True)).events
+        assert first["prompt_token_ids"] == list(unpack(backend.requests[-1].prompt))
         named = await complete(app, logprobs=0, return_tokens_as_token_ids=True)
         assert named.json["choices"][0]["logprobs"]["tokens"][0] == f"token_id:{choice['token_ids'][0]}"
+
+    play(story)
+
+
+def test_a_prompt_that_is_to_be_cut_may_be_longer_than_the_model_takes() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        text = " ".join(map(str, range(CARD.max_context_tokens)))
+        assert (await complete(app, prompt=text)).status == 400
+        client = await complete(app, prompt=text, truncate_prompt_tokens=7)
+        assert client.json["usage"]["prompt_tokens"] == 7
 
     play(story)
 
@@ -282,7 +349,8 @@ def test_reasoning_and_calls_are_told_apart_from_content() -> None:
         assert choice["finish_reason"] == "tool_calls"
         assert len(choice["logprobs"]["content"]) == len(tokens_of(CALLING))
 
-        *events, last, done = (await chat(app, tools=TOOLS, logprobs=True, stream=True)).events
+        *events, done = (await chat(app, tools=TOOLS, logprobs=True, stream=True)).events
+        last = events[-1]
         assert done == "[DONE]" and last["choices"][0]["finish_reason"] == "tool_calls"
         deltas = [event["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("content") or "" for delta in deltas) == "I look."
@@ -294,11 +362,64 @@ def test_reasoning_and_calls_are_told_apart_from_content() -> None:
         ]
         assert calls[0]["id"] != calls[1]["id"]
         told = [one for event in events for one in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
-        spelled = [bytes(one["bytes"]) for one in told]
-        assert b"".join(spelled) == CALLING.encode()[: sum(map(len, spelled))]
-        assert len(told) > 0.8 * len(tokens_of(CALLING))
+        assert told == choice["logprobs"]["content"]  # the last ones come with the end
+        assert all(event["choices"][0]["logprobs"] != {"content": []} for event in (*events, last))
 
     play(story, saying(CALLING, finish("stop")), tokenizer=CALLER)
+
+
+def test_a_message_that_is_continued_keeps_the_space_before_its_next_word() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        messages = [{"role": "assistant", "content": "fire and"}]
+        continued = await chat(app, messages=messages, continue_final_message=True)
+        assert continued.json["choices"][0]["message"]["content"] == " water"
+        assert (await chat(app)).json["choices"][0]["message"]["content"] == "water"
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        yield [Token(token) for token in sentencepiece().encode("water").ids], finish()
+
+    play(story, script, tokenizer=Tokenizer(sentencepiece(), ChatTemplate(CHAT, {}), "demo"))
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, CALLER], ids=["plain", "parsed"])
+def test_a_stream_keeps_nothing_of_what_it_told(tokenizer: Tokenizer) -> None:
+    references: list[int] = []
+
+    async def script(request: Request) -> AsyncGenerator[News, None]:
+        first = scored_as(tokens_of("</think>")[0].id)
+        yield [first, *tokens_of("/think>a b")], None
+        yield tokens_of("c"), None
+        references.append(sys.getrefcount(first))
+        yield tokens_of("d"), finish()
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        await chat(app, logprobs=True)
+        await chat(app, logprobs=True, stream=True)
+        whole, streamed = references
+        assert streamed < whole
+
+    play(story, script, tokenizer=tokenizer)
+
+
+def test_the_ids_of_all_tokens_are_told_of_a_parsed_stream() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        client = await chat(app, tools=TOOLS, return_token_ids=True, stream=True)
+        told = [id for event in client.events[:-1] for id in event["choices"][0].get("token_ids", [])]
+        assert told == [token.id for token in tokens_of(CALLING)]
+
+    play(story, saying(CALLING, finish("stop")), tokenizer=CALLER)
+
+
+def test_what_a_guide_describes_is_neither_reasoning_nor_a_call() -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 200, (*CARD.supports, "guide"))
+        asked = {"response_format": {"type": "json_object"}, "tools": TOOLS}
+        (choice,) = (await chat(app, **asked)).json["choices"]
+        assert choice["message"] == {"role": "assistant", "refusal": None, "content": '{"a": 1}'}
+        *events, _ = (await chat(app, **asked, stream=True)).events
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == '{"a": 1}'
+
+    play(story, saying('{"a": 1}', finish("stop")), tokenizer=CALLER)
 
 
 def test_calls_are_content_where_none_may_be_made_and_end_the_answer_where_one_may() -> None:
@@ -457,10 +578,10 @@ def test_wrong_paths_and_methods(method: str, path: str, status: int) -> None:
         ({"logit_bias": {"10000": 1}}, "logit_bias", None),
         ({"bad_words": ["water " * 100]}, "bad_words[0]", None),
         ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
-        ({"max_tokens": 200}, None, "context_length_exceeded"),
-        ({"prompt": "water " * 500}, None, "context_length_exceeded"),
-        ({"prompt": list(range(200))}, None, "context_length_exceeded"),
-        ({"prompt": "water " * 100_000}, None, "context_length_exceeded"),
+        ({"max_tokens": 200}, "max_tokens", "context_length_exceeded"),
+        ({"prompt": "water " * 500}, "prompt", "context_length_exceeded"),
+        ({"prompt": list(range(200))}, "prompt", "context_length_exceeded"),
+        ({"prompt": "water " * 100_000}, "prompt", "context_length_exceeded"),
         ({"prompt": ""}, "prompt", None),
         ({"prompt": [10_000]}, "prompt", None),
         ({"stop_token_ids": [10_000]}, "stop_token_ids", None),
@@ -483,10 +604,21 @@ def test_what_the_model_cannot_take_reaches_no_worker(
 def test_a_feature_that_the_engine_lacks_is_refused_by_name() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         backend.models = {"demo": ModelCard("demo", 200)}
-        for name, value in (("temperature", 0.5), ("top_p", 0.5), ("top_k", 4), ("logprobs", 1)):
+        for name, value in (("temperature", 0.5), ("top_p", 0.5), ("top_k", 4), ("logprobs", 1), ("best_of", 2)):
             client = await complete(app, **{name: value})
             assert (client.status, client.json["error"]["param"]) == (400, name)
         assert (await complete(app, temperature=0)).status == 200
+
+    play(story)
+
+
+@pytest.mark.parametrize("wish", [{"prompt_logprobs": 20}, {"echo": True, "logprobs": 20}, {"return_token_ids": True}])
+def test_a_long_prompt_is_not_told_by_many_choices(wish: dict[str, object]) -> None:
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 20_000, CARD.supports)
+        client = await complete(app, prompt=[70] * 17_000, n=128, **wish)
+        assert (client.status, client.json["error"]["param"]) == (400, "n")
+        assert (await complete(app, prompt=[70] * 17_000, n=2, **wish)).status == 200
 
     play(story)
 
@@ -524,11 +656,37 @@ def test_bodies_that_are_no_request(chunks: list[bytes]) -> None:
     play(story)
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "time"}}])
+@pytest.mark.parametrize("depth", [50, 120, 200, 600, 900, 5000])
+def test_no_depth_is_a_fault_of_ours(depth: int, choice: object) -> None:
+    deep = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "1", "type": "function", "function": {"name": "time", "arguments": deep}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    parameters = {"properties": {"DEEP": 1}}
+    tools = [{"type": "function", "function": {"name": "time", "parameters": parameters}}]
+
+    async def story(app: Frontend, backend: FakeBackend) -> None:
+        backend.models["demo"] = ModelCard("demo", 200, (*CARD.supports, "guide"))
+        assert (await chat(app, messages=messages)).status == 200
+        for asked in (
+            chat_body(tools=tools, tool_choice=choice),
+            chat_body(response_format={"type": "json_schema", "json_schema": {"schema": parameters}}),
+            chat_body(metadata=parameters),
+            chat_body(chat_template_kwargs=parameters),
+        ):
+            body = json.dumps(asked).replace('{"DEEP": 1}', deep).encode()
+            client = await Client(app).ask("POST", "/v1/chat/completions", chunks=[body])
+            assert client.status in (200, 400), client.body
+
+    play(story)
+
+
 def test_bodies_must_say_that_they_are_json() -> None:
     async def story(app: Frontend, backend: FakeBackend) -> None:
         for kind, status in (("text/plain", 400), ("application/json; charset=utf-8", 200)):
-            client = await Client(app).ask("POST", "/v1/chat/completions", chat_body(), {"content-type": kind})
-            assert client.status == status
+            for path, body in (("/v1/chat/completions", chat_body()), ("/tokenize", {"prompt": "water"})):
+                client = await Client(app).ask("POST", path, body, {"content-type": kind})
+                assert client.status == status
 
     play(story)
 

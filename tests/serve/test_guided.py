@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from msgspec import structs  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from penstock.engine import simulated  # noqa: E402
+from penstock.engine.api import EngineInfo  # noqa: E402
 from penstock.engine.embedded import EmbeddedEngine, Options  # noqa: E402
 from penstock.engine.simulated import SimulatedEngine  # noqa: E402
 from penstock.errors import BadRequest, Unsupported, WorkerDraining  # noqa: E402
@@ -193,3 +195,55 @@ def test_a_worker_whose_engine_cannot_guide_says_so() -> None:
                 await site.ask([1, 2, 3], guided(LETTERS))
 
     run(story(), 60)
+
+
+class Unable(EmbeddedEngine):
+    """Follows no guide."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, supports=("logprobs", "sampling"))
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_worker_that_cannot_guide_or_has_too_little_room_is_passed_over(model: Path, after: int) -> None:
+    """Neither ends the stream: a third one takes it, whether or not it has begun."""
+    (prompt,) = prompts(50)
+    (undisturbed,) = ask_alone(model, [prompt], guided(LETTERS))
+    small = EmbeddedEngine(Options(str(model), threads=1, max_context_tokens=40))
+    unable = Unable(Options(str(model), threads=1))
+    all_engines = {**engines(model), "small": ("any", small), "unable": ("any", unable)}
+    inept = [through("unable", "unable"), through("small", "small")]
+    turns = by_turns(*inept, LOCAL) if not after else by_turns(LOCAL, *inept, MOVED)
+
+    async def story() -> tuple[list[Token], Finish]:
+        async with cluster(all_engines, turns, SMALL_STEPS, kv_blocks=80) as site:  # type: ignore[arg-type]
+            tokens: list[Token] = []
+            async with site.router.generate(Request("r", MODEL, pack(prompt), guided(LETTERS))) as stream:
+                while True:
+                    fresh, finish = await stream.read()
+                    if len(tokens) < after <= len(tokens) + len(fresh):
+                        stream.move(WorkerDraining("going elsewhere"))
+                    tokens += fresh
+                    if finish is not None:
+                        site.check_all_free()
+                        return tokens, finish
+
+    tokens, finish = run(story(), 60)
+    assert ids(tokens) == ids(undisturbed)
+    assert len(finish.timeline.failures) == 2 + bool(after)
+
+
+def test_a_prefill_worker_that_cannot_guide_computes_nothing_for_a_guide(model: Path) -> None:
+    (prompt,) = prompts(50)
+    (undisturbed,) = ask_alone(model, [prompt], guided(LETTERS))
+    both = {**engines(model), "p": ("prefill", Unable(Options(str(model), threads=1)))}
+
+    async def story() -> list[Token]:
+        async with cluster(both, REMOTE, SMALL_STEPS, kv_blocks=80) as site:  # type: ignore[arg-type]
+            tokens, finish = await site.ask(prompt, guided(LETTERS))
+            assert site.workers["p"].load().steps == 0
+            assert (finish.timeline.path, len(finish.timeline.failures)) == ("local", 1)
+            return tokens
+
+    assert ids(run(story(), 60)) == ids(undisturbed)

@@ -41,7 +41,7 @@ def fields_of(event: bytes) -> dict[str, Any]:
 @given(text=st.text(st.characters(codec="utf-8")))
 def test_any_text_is_carried(dialect: Dialect, text: str) -> None:
     events = dialect.events(HEADING, wants_usage=False)
-    for event in (events.token(text), events.finish(text, Ending("stop"), {}), events.token_with(text, {}, {})):
+    for event in (events.token(text), events.finish(text, None, Ending("stop"), {}), events.token_with(text, {}, {})):
         choice = fields_of(event)["choices"][0]
         assert (choice["delta"]["content"] if dialect is CHAT else choice["text"]) == text
     choice = json.loads(dialect.choice(1, dialect.said(text), None, Ending("stop")))
@@ -56,11 +56,11 @@ def test_a_chat_stream() -> None:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return head | {"choices": [choice], "usage": None}
 
-    assert fields_of(events.opening) == chunk({"role": "assistant", "content": ""}, None)
+    assert fields_of(events.opening({})) == chunk({"role": "assistant", "content": ""}, None)
     assert fields_of(events.token("hi")) == chunk({"content": "hi"}, None)
     last = chunk({"content": ""}, "length")
     last["choices"][0]["stop_reason"] = None  # type: ignore[index]
-    assert fields_of(events.finish("", Ending("length"), {})) == last
+    assert fields_of(events.finish("", None, Ending("length"), {})) == last
     assert fields_of(events.usage(USAGE)) == head | {
         "choices": [],
         "usage": {
@@ -75,7 +75,6 @@ def test_a_chat_stream() -> None:
 
 def test_a_completion_stream() -> None:
     events = COMPLETIONS.events(HEADING, wants_usage=False)
-    assert events.opening == b""
     assert fields_of(events.token("hi")) == {
         "id": "chatcmpl-1",
         "object": "text_completion",
@@ -127,7 +126,7 @@ def test_completion_logprobs() -> None:
     assert COMPLETIONS.logprobs(shown, PIECES.__getitem__) == {
         "tokens": ["hi", "é"],
         "token_logprobs": [-0.5, -1.0],
-        "top_logprobs": [{"hi": -0.5, "bytes:\\xf0\\x9f": -2.0}, {}],
+        "top_logprobs": [{"hi": -0.5, "bytes:\\xf0\\x9f": -2.0}, {"é": -1.0}],
         "text_offset": [0, 2],
     }
 

@@ -167,6 +167,18 @@ def test_every_other_family_is_cut_somewhere(name: str) -> None:
     assert len(cutter_of(FAMILIES[name]()).cut("<s>a</s>b<|user|>")) > 2
 
 
+@given(
+    st.lists(st.sampled_from([*SPECIAL, "<tool>", "<think>", "<", "a", " ", "\n", "bc " * 9, "x" * 50]), max_size=99)
+)
+def test_a_text_is_cut_alike_however_much_is_searched_at_a_time(parts: list[str]) -> None:
+    text, cutter = "".join(parts), cutter_of(bpe((WORDS[0],)))
+    whole = cutter.cut(text)
+    for chars in (2, 3, 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "SEARCH_CHARS", chars)
+            assert cutter.cut(text) == whole
+
+
 # What is not
 
 UNCUT = Cutter(None, None, False)

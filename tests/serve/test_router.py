@@ -16,7 +16,7 @@ from penstock.blocks import KvLayout
 from penstock.cluster import Load, Member, ModelCard, Standing
 from penstock.discovery.memory import MemoryDiscovery
 from penstock.engine.simulated import Options, SimulatedEngine, expected_tokens
-from penstock.errors import NoWorker, Overloaded, SetupError, UnknownModel
+from penstock.errors import BadRequest, NoWorker, Overloaded, SetupError, UnknownModel
 from penstock.policy.routing import least_loaded
 from penstock.policy.routing.pairs import route
 from penstock.request import Request, Sampling
@@ -150,5 +150,19 @@ def test_a_model_that_nobody_serves_and_a_fleet_of_none_are_told_apart() -> None
                 await router.wait_ready(1)
                 with pytest.raises(UnknownModel, match="there is another"):
                     router.route(REQUEST, {})
+
+    run_virtual(story())
+
+
+def test_a_prompt_with_tokens_that_the_model_does_not_have_reaches_no_engine() -> None:
+    """Tokenizers may have more tokens than their models, and an engine fails whole steps."""
+
+    async def story() -> None:
+        engines = {"d": ("decode", SimulatedEngine(OPTIONS))}
+        async with cluster(engines, through("d", "d"), WorkerOptions("", 0), 64) as one:  # type: ignore[arg-type]
+            with pytest.raises(BadRequest, match="token 32000; the model's last is 31999"):
+                await one.ask([1, 32_000, 3], REQUEST.sampling)
+            assert one.workers["d"].load().steps == 0
+            await one.ask([1, 31_999, 3], REQUEST.sampling)
 
     run_virtual(story())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from tokenizers import Tokenizer as Codec
@@ -32,6 +34,8 @@ def test_what_fits_is_not_refused_however_long_its_words() -> None:
         "I", [codec.token_to_id("accelerators")] * 6000
     )
 
+
+T = TypeVar("T")
 
 TEMPLATE = processors.TemplateProcessing("<s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
 
@@ -96,6 +100,21 @@ def test_without_a_template_chat_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_folder(tmp_path, byte_level(), {}), "m")
     with pytest.raises(BadRequest, match="no chat template; use /v1/completions"):
         run(tokenizer.encode_chat(Chat([{"role": "user", "content": "water"}]), 100))
+
+
+def test_long_conversations_are_rendered_elsewhere(tmp_path: Path) -> None:
+    texts: list[object] = []
+
+    async def offload(work: Callable[[], T]) -> T:
+        result = work()
+        texts.append(result)
+        return result
+
+    tokenizer = load_tokenizer(write_folder(tmp_path, byte_level()), "m", offload)
+    run(tokenizer.encode_chat(Chat([{"role": "user", "content": "a"}] * 256), 10_000))
+    assert texts == []
+    run(tokenizer.encode_chat(Chat([{"role": "user", "content": "a"}] * 257), 10_000))
+    assert texts == ["<|user|>a</s>" * 257 + "<|assistant|>"]
 
 
 def test_the_templates_own_file_wins_and_lists_have_a_default(tmp_path: Path) -> None:

@@ -31,10 +31,7 @@ def tool(name: str = "f", **fields: object) -> dict[str, Any]:
 
 def test_tools_are_parsed() -> None:
     parsed = parse_tools([tool("get_weather", description="Now", parameters=CITY, strict=True), tool("f")])
-    assert [(each.name, each.description, each.is_strict) for each in parsed.offered] == [
-        ("get_weather", "Now", True),
-        ("f", "", False),
-    ]
+    assert [(each.name, each.description) for each in parsed.offered] == [("get_weather", "Now"), ("f", "")]
     assert parsed.offered[0].parameters == CITY
     assert parsed.offered[1].parameters == {"type": "object", "properties": {}}
     assert parsed.choice == Choice("auto") and parsed.is_parallel

@@ -258,6 +258,20 @@ def test_more_sequences_than_are_kept(model: Model, monkeypatch: pytest.MonkeyPa
     assert [pasts[guide].output[:-1].tolist() for guide in GUIDES] == alone
 
 
+def test_lexers_are_kept_of_so_many_guides_and_of_those_in_a_step(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may take megabytes, and every request may bring a guide of its own."""
+    monkeypatch.setattr(embedded_guides, "_COMPILED", 4)
+    sampler, running = model.sampler(), [(guided(PERSON, seed), a_past(f"r{seed}")) for seed in range(3)]
+    for length in range(1, 30):
+        passing = guided(Guide("regex", f"[a-z]{{{length}}}"), 1), a_past(f"s{length}")
+        step(model, sampler, [*running, passing])
+    lexers = {id(followed.compiled) for followed in sampler._guides._followed.values()}
+    assert 4 <= len(lexers) <= 4 + 1 + 1  # and that of those that run, and the last one
+    assert {past.sequence for _, past in running} <= set(sampler._guides._followed)
+
+
 # Ends
 
 

@@ -15,7 +15,7 @@ import torch
 from msgspec import structs
 
 from penstock.blocks import BlockId, Region
-from penstock.engine.api import Slice, Step
+from penstock.engine.api import SequencesFailed, Slice, Step
 from penstock.engine.embedded import EmbeddedEngine, Options
 from penstock.errors import EngineFailed
 from tests.engine.embedded.driver import GREEDY, Driver, poisoned_region, prompts
@@ -85,14 +85,21 @@ def test_what_a_former_owner_left_behind_is_not_read(with_engine: With[None]) ->
     with_engine(use)
 
 
-def test_nan_in_what_a_sequence_reads_is_an_error_not_a_token(with_engine: With[None]) -> None:
+def test_nan_in_what_a_sequence_reads_is_an_error_not_a_token_and_its_own_alone(with_engine: With[None]) -> None:
     async def use(engine: EmbeddedEngine) -> None:
         driver = Driver(engine)
         (poisoned,) = driver.start([0], 0).blocks
         sequence = driver.start(prompts(40)[0], 4)
         await driver.step((sequence, 40))
-        with pytest.raises(EngineFailed, match="positions \\[41\\] of their sequences are not finite"):
-            await driver.peek(sequence, [poisoned, *sequence.blocks[1:]])
+        other = driver.start(prompts(40)[0], 4)
+        await driver.step((other, 40))
+        damaged, sound = (
+            Slice(each.tokens[-1:], len(each.tokens) - 1, [first, *each.blocks[1:]], GREEDY, each.past)
+            for each, first in ((sequence, poisoned), (other, other.blocks[0]))
+        )
+        with pytest.raises(SequencesFailed, match="position 41 are not finite") as caught:
+            await engine.step(Step(driver.region, [damaged, sound]))
+        assert list(caught.value.errors) == [sequence.past.sequence]
 
     with_engine(use)
 

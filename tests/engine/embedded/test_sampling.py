@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from penstock.engine.api import Past
+from penstock.engine.api import Past, SequencesFailed
 from penstock.engine.embedded_sampling import Draw, Sampler
 from penstock.request import Sampling, Token
 from tests.engine.embedded import reference
@@ -279,6 +279,13 @@ def test_tokens_without_a_chance_are_never_drawn() -> None:
     assert drawn == {3, 10}
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 1e-46, 5e-324])
+def test_at_next_to_no_temperature_the_likeliest_is_drawn(temperature: float) -> None:
+    logits = torch.stack([Row(ONE, [1], [], seed).logits for seed in range(4)])
+    drawn = sample(logits, [Draw(structs.replace(ONE, temperature=temperature), position) for position in range(4)])
+    assert [token.id for token in drawn] == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_what_leaves_no_token_is_no_ban(temperature: float, seed: int) -> None:
@@ -304,11 +311,13 @@ def test_tokens_that_the_model_does_not_have_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
-def test_what_is_no_distribution_is_an_error(damage: float) -> None:
+def test_what_is_no_distribution_fails_its_own_sequence_alone(damage: float) -> None:
     logits = torch.zeros(2, VOCABULARY)
     logits[1, 7] = damage
-    with pytest.raises(ValueError, match="positions \\[9\\]"):
-        sample(logits, [Draw(GREEDY, 8), Draw(GREEDY, 9)])
+    sound, damaged = (Past(name, array("I", [1]), 1) for name in ("sound", "damaged"))
+    with pytest.raises(SequencesFailed, match="damaged: the logits for position 9 are not finite") as caught:
+        sample(logits, [Draw(GREEDY, 8, sound), Draw(GREEDY, 9, damaged)])
+    assert list(caught.value.errors) == ["damaged"]
 
 
 def test_bfloat16_logits_are_taken_as_they_are() -> None:
