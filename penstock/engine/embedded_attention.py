@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from penstock.blocks import KvLayout
 from penstock.engine.embedded_batch import Batch, Tile
 from penstock.engine.embedded_latents import compress_queries, expand_outputs
+from penstock.engine.embedded_products import attention_scores, weighted_sums
 from penstock.errors import UnsupportedModel
 
 NAME = "penstock"
@@ -190,14 +191,14 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, tile: Tile, scoring: Sc
     sequences, count, heads, dim = query.shape
     packed = query.view(sequences, count, keys.shape[0] // sequences, -1, dim).transpose(1, 2)
     flat = packed.reshape(keys.shape[0], -1, dim)
-    scores = torch.baddbmm(query.new_empty(1, 1, 1), flat, keys.mT, beta=0, alpha=scoring.scaling)
+    scores = attention_scores(flat, keys, scoring.scaling)
     if scoring.softcap is not None:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     scores = scores.view(*packed.shape[:-1], -1)  # [sequences, kv_heads, queries, sharing heads, columns]
     for columns, bias in tile.hidden:
         scores[..., columns].add_(bias)
     weights = scores.softmax(-1) if scoring.sinks is None else _softmax_with_sinks(scores, scoring.sinks)
-    output = torch.bmm(weights.reshape(keys.shape[0], flat.shape[1], -1), values)
+    output = weighted_sums(weights.reshape(keys.shape[0], flat.shape[1], -1), values)
     return output.view(packed.shape).transpose(1, 2).reshape(-1, heads, dim)
 
 

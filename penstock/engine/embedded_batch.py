@@ -26,6 +26,7 @@ from penstock.blocks import KvLayout
 from penstock.engine.api import Slice
 
 _PADDING_TOKENS = 256  # a decode group may pad a sequence by this many tokens, or by a quarter of its longest
+_GROUP_BYTES = 8 << 20  # of a layer, read by a decode group on the CPU: what is gathered is read again from the cache
 _TILE_QUERIES = 128
 _TILE_SCORES = 1 << 22  # attention scores computed at once, over all heads: bounds memory at long contexts
 
@@ -77,10 +78,6 @@ class Piece:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
-
-    @property
-    def positions(self) -> Ints:
-        return np.arange(self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +141,7 @@ class Batch:
 def build(slices: Sequence[Slice], geometry: Geometry) -> Batch:
     """The step's row, its groups, and where its keys and values go."""
     block_tokens = geometry.layout.block_tokens
-    arranged = _arrange(slices)
+    arranged = _arrange(slices, geometry)
     pieces: dict[int, Piece] = {}  # by slice, in the order of the row
     at = 0
     for i in chain.from_iterable(arranged):
@@ -153,18 +150,19 @@ def build(slices: Sequence[Slice], geometry: Geometry) -> Batch:
     row = list(pieces.values())
     fresh = [block for piece in row if _opens_its_last_block(piece, block_tokens) for block in piece.tables[:, -1]]
     sampled = [pieces[i].at + pieces[i].count - 1 for i, s in enumerate(slices) if s.sampling is not None]
+    positions = _positions(row)
     return Batch(
         geometry=geometry,
         input_ids=geometry.tensor(list(chain.from_iterable(piece.tokens for piece in row)))[None],
-        position_ids=geometry.tensor(np.concatenate([piece.positions for piece in row]))[None],
-        writes=tuple(geometry.tensor(_token_rows(row, table, geometry)) for table in range(len(geometry.layout.keeps))),
+        position_ids=geometry.tensor(positions)[None],
+        writes=geometry.tensor(_token_rows(row, positions, geometry)).unbind(),
         fresh=geometry.tensor(fresh) if fresh else None,
         groups=tuple(Group([pieces[i] for i in members], geometry) for members in arranged),
         sampled=geometry.tensor(sampled),
     )
 
 
-def _arrange(slices: Sequence[Slice]) -> list[list[int]]:
+def _arrange(slices: Sequence[Slice], geometry: Geometry) -> list[list[int]]:
     """Indices of the slices, group by group."""
     decoding = sorted((i for i, s in enumerate(slices) if len(s.tokens) == 1), key=lambda i: -slices[i].start)
     groups: list[list[int]] = []
@@ -174,7 +172,19 @@ def _arrange(slices: Sequence[Slice]) -> list[list[int]]:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return groups + [[i] for i, s in enumerate(slices) if len(s.tokens) > 1]
+    parts = [part for group in groups for part in _parts(group, slices[group[0]].start + 1, geometry)]
+    return parts + [[i] for i, s in enumerate(slices) if len(s.tokens) > 1]
+
+
+def _parts(group: list[int], context: int, geometry: Geometry) -> list[list[int]]:
+    """A decode group whose longest sequence has `context` tokens, in even parts of `_GROUP_BYTES` at most."""
+    if geometry.device.type != "cpu":
+        return [group]
+    layout = geometry.layout
+    size = len(group) * context * layout.block_bytes // (layout.block_tokens * layout.layers)
+    parts = min(len(group), 1 + size // _GROUP_BYTES)
+    each = -(-len(group) // parts)
+    return [group[at : at + each] for at in range(0, len(group), each)]
 
 
 def _piece(part: Slice, at: int, layout: KvLayout) -> Piece:
@@ -192,13 +202,22 @@ def _opens_its_last_block(piece: Piece, block_tokens: int) -> bool:
     return 0 < filled <= piece.count
 
 
-def _token_rows(row: Sequence[Piece], table: int, geometry: Geometry) -> Ints:
+def _positions(row: Sequence[Piece]) -> Ints:
+    """Of the row's tokens, each in its sequence."""
+    shifts = np.repeat([piece.start - piece.at for piece in row], [piece.count for piece in row])
+    return shifts + np.arange(len(shifts))
+
+
+def _token_rows(row: Sequence[Piece], positions: Ints, geometry: Geometry) -> Ints:
+    """[tables, tokens * kv_heads]: where the row's keys and values are written."""
     tokens = geometry.layout.block_tokens
-    blocks = np.concatenate([piece.tables[table, piece.positions // tokens] for piece in row])
-    offsets = np.concatenate([piece.positions % tokens for piece in row])
+    tables = np.concatenate([piece.tables for piece in row], axis=1)
+    widths = [piece.tables.shape[1] for piece in row]
+    firsts = np.repeat(np.cumsum(widths) - widths, [piece.count for piece in row])
+    blocks = tables[:, firsts + positions // tokens]
     heads = np.arange(geometry.layout.kv_heads) * tokens
-    rows: Ints = (blocks * geometry.block_rows * tokens + offsets)[:, None] + heads
-    return rows.reshape(-1)
+    rows: Ints = (blocks * geometry.block_rows * tokens + positions % tokens)[:, :, None] + heads
+    return rows.reshape(len(rows), -1)
 
 
 def _block_rows(blocks: Ints, geometry: Geometry) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from penstock.engine.embedded_attention import NAME, Paged, Pool, Scratch
 from penstock.engine.embedded_batch import Batch, Geometry, build
 from penstock.engine.embedded_guides import Guides, read_tokenizer
 from penstock.engine.embedded_options import Options
+from penstock.engine.embedded_products import pack
 from penstock.engine.embedded_sampling import Draw, Sampler, check_finite, with_logprobs
 from penstock.errors import EngineFailed, SetupError, UnreadableModel, UnsupportedModel
 from penstock.policy.latency.device import cpu
@@ -163,6 +165,10 @@ class LoadedModel:
         """One forward pass; [slices with `sampling`, vocabulary]."""
         batch = build(slices, self._geometry)
         return self._forward(batch, batch.sampled, pool)
+
+    def pack(self, tokens: Sequence[int]) -> Tensor:
+        """Lays out weights for this CPU, as a pass over `tokens` shows they are used; its `own_logits`."""
+        return pack(self._model, partial(self.own_logits, tokens))
 
     @torch.inference_mode()
     def own_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -383,8 +389,8 @@ def _try_out(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
     tokens = [i % checkpoint.info.vocab_size for i in range(layout.block_tokens)]
     steps = [Slice(tokens[at:], at, table, Sampling(max_tokens=1)) for at in (0, len(tokens) - 1)]
     try:
+        own = loaded.pack(tokens)
         found = torch.cat([loaded.logits([step], pool) for step in steps])
-        own = loaded.own_logits(tokens)
     except Exception as error:
         raise UnsupportedModel(f"{who} failed a trial step: {_line(error)}; {_SERVED}") from error
     written = pool.blocks.view(len(table), layout.layers, -1).isfinite().all(-1).tolist()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.engine import embedded_batch, embedded_products
 from penstock.engine.embedded import EmbeddedEngine, Options
 from penstock.request import Sampling
 from tests.engine.embedded.driver import WHOLE, Driver, Running, distance, generated, prompts
@@ -21,7 +22,10 @@ TOKENS = 16
 
 
 @pytest.mark.parametrize("architecture", SERVED + ALIKE)
-def test_any_mixture_of_slices_equals_generate(checkpoint: Checkpoint, architecture: str) -> None:
+def test_any_mixture_of_slices_equals_generate(
+    checkpoint: Checkpoint, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_products, "_LEAST_ELEMENTS", 1)  # the tiny model's layers are packed as large ones are
     folder = checkpoint(architecture)
     texts = prompts(7, 40, 61, 33)
 
@@ -39,7 +43,11 @@ def test_any_mixture_of_slices_equals_generate(checkpoint: Checkpoint, architect
         assert sequence.ids == generated(folder, text, TOKENS)
 
 
-def test_decoding_sequences_of_unlike_length_equals_generate(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("group_bytes", [1, embedded_batch._GROUP_BYTES])
+def test_decoding_sequences_of_unlike_length_equals_generate(
+    checkpoint: Checkpoint, group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_batch, "_GROUP_BYTES", group_bytes)
     folder = checkpoint("llama")
     texts = prompts(400, 5, 390, 20)  # two groups of two
 
