@@ -27,6 +27,12 @@ def run(
         return runner.run(bounded())
 
 
+async def wait_until(is_so: Callable[[], bool]) -> None:
+    """Looks again and again, and between two looks leaves the interpreter to the threads of engines."""
+    while not is_so():
+        await asyncio.sleep(0.001)
+
+
 def without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `asyncio.to_thread` work in place, for code that touches files, in virtual time."""
 

@@ -28,7 +28,7 @@ from tests.engine.embedded.test_scores import PENALIZED, assert_scores, full_for
 from tests.models import make_model  # noqa: E402
 from tests.serve.cluster import MODEL, Cluster, by_turns, cluster, through  # noqa: E402
 from tests.serve.test_real_model import LOCAL, REMOTE, ROUTES, SMALL_STEPS, engines, ids  # noqa: E402
-from tests.support import run  # noqa: E402
+from tests.support import run, wait_until  # noqa: E402
 
 TOKENS = PENALIZED.max_tokens
 TOP = 2
@@ -203,8 +203,7 @@ def test_a_prompt_that_is_preempted_in_mid_prefill_has_its_scores_once(model: Pa
         few = replace(SMALL_STEPS, limits=Limits(step_tokens=16))
         async with cluster(engines(model), LOCAL, few, kv_blocks=38) as site:
             neighbours = asyncio.gather(*(site.ask(other, growing) for other in others))
-            while site.workers["d"].load().running < len(others):
-                await asyncio.sleep(0)
+            await wait_until(lambda: site.workers["d"].load().running >= len(others))
             answer = await ask(site, prompt, structs.replace(SCORED, max_tokens=1, min_tokens=0))
             await neighbours
             return answer
