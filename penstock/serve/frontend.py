@@ -568,7 +568,7 @@ def _innermost(error: Exception) -> Exception:
 def _salt(wishes: Constraints, asked: str) -> str:
     """What tenants and adapters compute is not for others; nor is what a client asks to keep apart."""
     own = f"{wishes.tenant} {wishes.adapter}" if wishes.tenant or wishes.adapter else ""
-    return f"{own} {asked}" if asked else own
+    return f"{own}\0{asked}" if asked else own  # no name has that character, so none can be made up
 
 
 def _without_prefix(name: str) -> str:

@@ -165,6 +165,8 @@ def test_an_adapter_is_asked_for_as_a_model() -> None:
         asked = backend.requests[0]
         assert (asked.model, asked.constraints.adapter, asked.salt) == ("demo", "french", " french")
         assert (await ask(app, {}, model="klingon")).status == 404
+        await ask(app, {}, cache_salt="french")  # of the model itself, whose blocks are others
+        assert backend.requests[-1].salt not in ("", asked.salt)
 
     play(story, FakeBackend(models={"demo": CARD, "french": ModelCard("french", 200, base="demo")}))
 
